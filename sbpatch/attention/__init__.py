@@ -1,0 +1,10 @@
+"""The mathematics: tensors in, tensors out, nothing known of models.
+
+Importing this package fills the registry; a new method is one file here, imported below (see docs/adding-a-method.md).
+"""
+
+from . import clusters, favor, lsh, window
+from .registry import PARTS, Geometry, parse_method, register
+from .scatterbrain import Scatterbrain
+
+__all__ = ["PARTS", "Geometry", "Scatterbrain", "clusters", "favor", "lsh", "parse_method", "register", "window"]

@@ -1,0 +1,85 @@
+"""Locality-sensitive hashing as a support: SMYRF's asymmetric clustering (Daras et al., arXiv 2010.05315)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import SbpatchError
+from .registry import Geometry, Tiles, register
+
+
+@register("lsh")
+class Lsh(nn.Module):
+    """`rounds` hash rounds of balanced clusters with `bucket` queries and keys each; their union, each pair once.
+
+    Queries and keys are lifted so that distance orders pairs by q.k,
+        F(q) = [q, 0, sqrt(M - |q|^2)],  G(k) = [k, sqrt(M - |k|^2), 0],  M = max|q|^2 + max|k|^2,
+    projected on a random line per round, sorted, and cut into equal clusters.
+    """
+
+    kind: ClassVar[Literal["sparse"]] = "sparse"
+    projection: Tensor  # (H, R, d + 2)
+
+    def __init__(self, site: Geometry, seed: int, bucket: int, rounds: int = 2) -> None:
+        super().__init__()
+        if bucket < 1 or rounds < 1:
+            raise SbpatchError(f"lsh needs at least one round and buckets of at least one key, not {rounds} x {bucket}")
+        self.bucket, self.hash_rounds = bucket, rounds
+        generator = torch.Generator().manual_seed(seed)
+        line = torch.randn(site.heads, rounds, site.head_dim + 2, generator=generator)
+        self.register_buffer("projection", line, persistent=False)
+        self.nnz = float(min(rounds * bucket, site.tokens))
+
+    @classmethod
+    def sized(cls, stored: float, site: Geometry) -> dict[str, int] | None:
+        return {"bucket": int(stored / 2), "rounds": 2} if stored >= 8 else None
+
+    def _order(self, q: Tensor, k: Tensor, key_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Sorted order of queries and of keys in each round, two of (B, H, R, n); padding keys last."""
+        q, k = q.detach().float(), k.detach().float()
+        q_norm, k_norm = q.square().sum(-1, keepdim=True), k.square().sum(-1, keepdim=True)
+        if key_mask is not None:
+            k_norm = k_norm * key_mask[:, None, :, None]
+        limit = q_norm.amax(-2, keepdim=True) + k_norm.amax(-2, keepdim=True)
+        line = self.projection.float()[None]  # (1, H, R, d + 2)
+        lifted_q = q @ line[..., :-2].mT + (limit - q_norm).clamp(min=0).sqrt() * line[..., -1][..., None, :]
+        lifted_k = k @ line[..., :-2].mT + (limit - k_norm).clamp(min=0).sqrt() * line[..., -2][..., None, :]
+        if key_mask is not None:
+            lifted_k = lifted_k.masked_fill(~key_mask[:, None, :, None], torch.inf)
+        return lifted_q.mT.argsort(dim=-1), lifted_k.mT.argsort(dim=-1)
+
+    def _buckets(self, order: Tensor) -> Tensor:
+        """Bucket number of each token, (B, H, R, n): its rank in the sorted order over the bucket size."""
+        rank = torch.arange(order.shape[-1], device=order.device).expand_as(order)
+        return torch.zeros_like(order).scatter(-1, order, rank) // self.bucket
+
+    def rounds(self, q: Tensor, k: Tensor, key_mask: Tensor | None) -> Iterator[Tiles]:
+        n = q.shape[-2]
+        count = math.ceil(n / self.bucket)
+        q_order, k_order = self._order(q, k, key_mask)
+        q_bucket, k_bucket = self._buckets(q_order), self._buckets(k_order)
+        position = torch.arange(count * self.bucket, device=q.device)
+        filled = (position < n).view(count, 1, self.bucket)  # the last cluster may be short of keys
+        for r in range(self.hash_rounds):
+            padded = position.clamp(max=n - 1)
+            query = q_order[:, :, r][..., padded].unflatten(-1, (count, self.bucket))
+            key = k_order[:, :, r][..., padded].unflatten(-1, (count, self.bucket))
+            valid = filled.expand(*query.shape[:-1], self.bucket, self.bucket)
+            for earlier in range(r):  # a pair that met before is counted there and only there
+                a = q_bucket[:, :, earlier].gather(-1, query.flatten(2)).view_as(query)
+                b = k_bucket[:, :, earlier].gather(-1, key.flatten(2)).view_as(key)
+                valid = valid & (a[..., :, None] != b[..., None, :])
+            slot = torch.zeros_like(q_order[:, :, r]).scatter(
+                -1, q_order[:, :, r], position[:n].expand_as(q_order[:, :, r])
+            )
+            yield Tiles(query, key, valid, slot)
+
+    def dense(self, q: Tensor, k: Tensor, key_mask: Tensor | None) -> Tensor:
+        q_order, k_order = self._order(q, k, key_mask)
+        q_bucket, k_bucket = self._buckets(q_order), self._buckets(k_order)
+        return (q_bucket[..., :, None] == k_bucket[..., None, :]).any(dim=2)

@@ -1,0 +1,43 @@
+"""Plain dense versions: exact attention, and the Scatterbrain matrix by its definition. Slow, n x n, easy to trust."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .scatterbrain import Scatterbrain
+
+
+def allowed_pairs(n: int, causal: bool, key_mask: Tensor | None, device: torch.device) -> Tensor:
+    """Pairs that attention may use at all, bool (1 or B, 1, n, n): real keys, and the past where causal."""
+    pairs = torch.ones(1, 1, n, n, dtype=torch.bool, device=device)
+    if causal:
+        pairs = pairs.tril()
+    return pairs if key_mask is None else pairs & key_mask[:, None, None, :]
+
+
+def exact_matrix(q: Tensor, k: Tensor, scale: float, causal: bool = False, key_mask: Tensor | None = None) -> Tensor:
+    """softmax(q k^T scale) over the allowed pairs, (B, H, n, n) float64; a row without any is zero."""
+    pairs = allowed_pairs(k.shape[-2], causal, key_mask, q.device)
+    logits = (q.double() @ k.double().mT * scale).masked_fill(~pairs, -torch.inf)
+    return logits.softmax(-1).nan_to_num(0.0)
+
+
+def scatterbrain_matrix(
+    layer: Scatterbrain, q: Tensor, k: Tensor, scale: float, key_mask: Tensor | None = None
+) -> Tensor:
+    """A' of `layer`: exp(q.k) on the support and L elsewhere (eq. 1), rows normalised; (B, H, n, n) float64.
+
+    The unnormalised entries are formed as they stand, so the logits must be moderate (below some hundreds).
+    """
+    half = scale**0.5
+    q, k = q * half, k * half
+    pairs = allowed_pairs(k.shape[-2], layer.site.causal, key_mask, q.device)
+    entries = torch.zeros(*q.shape[:2], *pairs.shape[-2:], dtype=torch.float64, device=q.device)
+    if layer.low_rank is not None:
+        entries = layer.low_rank.dense(q, k, key_mask)
+    if layer.support is not None:
+        support = layer.support.dense(q, k, key_mask)
+        entries = torch.where(support, (q.double() @ k.double().mT).exp(), entries)
+    entries = entries.masked_fill(~pairs, 0)
+    return entries / entries.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)

@@ -1,0 +1,143 @@
+"""The Scatterbrain layer: one sparse and one low-rank part, nothing counted twice (arXiv 2110.15343, eq. 1 and 2).
+
+    A' = L + S,  S_ij = exp(q_i.k_j) - L_ij on the support, 0 elsewhere;  output = A'V / A'1
+
+so that A' is exact on the support and L elsewhere. The sparse part is summed as exp(q.k), and what L holds on the support
+is taken off L's own sums; the two are merged in logarithmic scale like two blocks of a streaming softmax.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import SbpatchError
+from .clusters import Clusters
+from .registry import PARTS, Geometry, Summary, Tiles, parse_method
+from .tiles import restore, take
+from .window import Window
+
+
+class Scatterbrain(nn.Module):
+    """Attention of one site by `method` (see `registry.parse_method`) with the parts' parameters.
+
+    Everything random is drawn here, from `seed`, into buffers. The parameters of both parts share one flat namespace.
+
+    Raises:
+        SbpatchError: unknown method or parameter, or a combination that cannot hold for this site.
+    """
+
+    def __init__(self, method: str, site: Geometry, seed: int, **parameters: int) -> None:
+        super().__init__()
+        sparse, low_rank = parse_method(method)
+        self.method, self.site, self.parameters_used = method, site, dict(parameters)
+        self.support = self._part(sparse, site, seed, parameters)
+        self.low_rank = self._part(low_rank, site, seed + 1, parameters)
+        if parameters:
+            raise SbpatchError(f"method '{method}' takes no parameter '{', '.join(sorted(parameters))}'")
+        if site.causal and isinstance(self.low_rank, Clusters):
+            reach = self.support.window if isinstance(self.support, Window) else 0
+            if reach < Clusters.CAUSAL_CHUNK:
+                raise SbpatchError(
+                    f"causal clusters summarise whole chunks of {Clusters.CAUSAL_CHUNK} keys, so the sparse part must be a "
+                    f"window of at least that many, not {reach}"
+                )
+
+    @staticmethod
+    def _part(name: str | None, site: Geometry, seed: int, parameters: dict[str, int]) -> Any:
+        if name is None:
+            return None
+        part = PARTS[name]
+        accepted = part.__init__.__code__.co_varnames[: part.__init__.__code__.co_argcount]
+        return part(site, seed, **{key: parameters.pop(key) for key in list(parameters) if key in accepted})
+
+    @property
+    def nnz(self) -> float:
+        """Exact pairs per query row, on average."""
+        return self.support.nnz if self.support is not None else 0.0
+
+    @property
+    def rank(self) -> int:
+        return self.low_rank.rank if self.low_rank is not None else 0
+
+    @property
+    def stored(self) -> float:
+        """Entries stored for one query row: nnz + 2m for feature maps, nnz + m + 1 for clusters. The budget is this over n."""
+        return self.nnz + (self.low_rank.stored if self.low_rank is not None else 0.0)
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None, scale: float | None = None
+    ) -> Tensor:
+        """q, k (B, H, n, d), v (B, H, n, e), key_mask (B, n) bool with True for real keys -> (B, H, n, e) in q's dtype.
+
+        A query that no real key is left for gets zeros, as in PyTorch's own attention.
+        """
+        half = (q.shape[-1] ** -0.5 if scale is None else scale) ** 0.5
+        q, k = q * half, k * half  # from here on the logits are q.k
+        if self.support is None and isinstance(self.low_rank, Clusters):
+            return self.low_rank.attend(q, k, v, key_mask)
+        summary = self.low_rank.summarise(q, k, v, key_mask) if self.low_rank is not None else None
+        exact, covered = self._sparse(q, k, v, key_mask, summary)
+        if summary is not None:
+            exact = _merge(exact, _remainder(summary, covered)) if exact is not None else _plain(summary)
+        assert exact is not None
+        _, numerator, denominator = exact
+        return (numerator / denominator.masked_fill(denominator == 0, 1)).to(v.dtype)
+
+    def _allowed(self, tiles: Tiles, key_mask: Tensor | None) -> Tensor:
+        """The valid pairs of a round that are neither padding nor, where the site is causal, in the future."""
+        valid = tiles.valid
+        if self.site.causal:
+            valid = valid & (tiles.key[..., None, :] <= tiles.query[..., :, None])
+        if key_mask is not None:
+            heads = self.site.heads if tiles.key.ndim > 2 else 1  # hashed tiles differ by head
+            keep = take(key_mask[:, None, :, None].expand(-1, heads, -1, -1), tiles.key).squeeze(-1)  # (B, H, G, bk)
+            valid = valid & keep[..., None, :]
+        return valid
+
+    def _sparse(
+        self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, summary: Summary | None
+    ) -> tuple[tuple[Tensor, Tensor, Tensor] | None, tuple[Tensor, Tensor] | None]:
+        """(shift, numerator, denominator) of exp(q.k) over the support, and what L holds there."""
+        exact: tuple[Tensor, Tensor, Tensor] | None = None
+        covered: tuple[Tensor, Tensor] | None = None
+        if self.support is None:
+            return None, None
+        for tiles in self.support.rounds(q, k, key_mask):
+            valid = self._allowed(tiles, key_mask)
+            values = take(v, tiles.key).float()  # (B, H, G, bk, e)
+            logits = take(q, tiles.query).float() @ take(k, tiles.key).float().mT  # (B, H, G, bq, bk)
+            logits = logits.masked_fill(~valid, -torch.inf)
+            shift = logits.amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).min)
+            weight = (logits - shift).exp()
+            found = tuple(restore(x, tiles.slot) for x in (shift, weight @ values, weight.sum(-1, keepdim=True)))
+            exact = found if exact is None else _merge(exact, found)  # type: ignore[assignment,arg-type]
+            if summary is not None:
+                low = summary.entries(tiles).masked_fill(~valid, 0)
+                held = (restore(low @ values.to(low.dtype), tiles.slot), restore(low.sum(-1, keepdim=True), tiles.slot))
+                covered = held if covered is None else (covered[0] + held[0], covered[1] + held[1])
+        return exact, covered
+
+
+def _merge(a: tuple[Tensor, Tensor, Tensor], b: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Add two (shift, numerator, denominator), each scaled by exp(-shift), in the scale of the larger one."""
+    shift = torch.maximum(a[0], b[0])
+    scale_a, scale_b = (a[0] - shift).exp(), (b[0] - shift).exp()
+    return shift, a[1] * scale_a + b[1] * scale_b, a[2] * scale_a + b[2] * scale_b
+
+
+def _plain(summary: Summary) -> tuple[Tensor, Tensor, Tensor]:
+    return summary.shift, summary.numerator, summary.denominator
+
+
+def _remainder(summary: Summary, covered: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
+    """L over the pairs outside the support. Below the rounding of the sum it came from, it is zero: there all is covered."""
+    assert covered is not None
+    rounding = 1e-12 if summary.denominator.dtype == torch.float64 else 1e-6
+    denominator = summary.denominator - covered[1]
+    gone = denominator <= rounding * summary.denominator
+    shift = summary.shift.masked_fill(gone, torch.finfo(torch.float32).min)
+    left = (summary.numerator - covered[0]).masked_fill(gone, 0), denominator.masked_fill(gone, 0)
+    return shift, left[0].float(), left[1].float()

@@ -1,0 +1,8 @@
+"""The one error that sbpatch raises on purpose: a line a user can act on."""
+
+
+class SbpatchError(Exception):
+    """What is wrong, where, and what to do about it, in one line.
+
+    The command line prints the line and exits with code 1; library callers catch this type.
+    """
