@@ -1,0 +1,15 @@
+"""Patch the attention of pretrained models with calibrated sparse + low-rank layers.
+
+plan = sbpatch.calibrate(model, batches, budget=0.03)
+sbpatch.patch(model, plan)      # in place; sbpatch.unpatch(model) takes it back
+model = sbpatch.load("patched/")
+"""
+
+__version__ = "0.1.0"
+
+from .calibrate import calibrate
+from .errors import SbpatchError
+from .patch import load, patch, unpatch
+from .plan import Plan
+
+__all__ = ["Plan", "SbpatchError", "calibrate", "load", "patch", "unpatch"]

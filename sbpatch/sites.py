@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -105,8 +105,8 @@ def find_sites(model: nn.Module, example: Tensor) -> list[Site]:
             handle.remove()
     if not calls:
         raise SbpatchError(
-            f"no attention found in {type(model).__name__}: nothing in it calls scaled_dot_product_attention, so there is nothing "
-            "to patch"
+            f"no attention found in {type(model).__name__}: nothing in it calls scaled_dot_product_attention, so there "
+            "is nothing to patch"
         )
     image = tuple(example.shape[-2:]) if example.ndim == 4 else None
     return [_site(names[module], module, found, image) for module, found in calls.items()]
@@ -143,8 +143,8 @@ def _grid(tokens: int, height: int, width: int) -> tuple[tuple[int, int] | None,
 # -- swapping --------------------------------------------------------------------------------------------------------
 
 
-@lru_cache(maxsize=None)
-def _patched_class(cls: type[nn.Module]) -> type[nn.Module]:
+@cache
+def _patched_class(cls: Any) -> type[nn.Module]:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         with _Redirect(self.sbpatch):
             return cls.forward(self, *args, **kwargs)
@@ -167,8 +167,8 @@ class PatchedSite(nn.Module):
             or call.query.shape[-2] != call.key.shape[-2]
         ):
             raise SbpatchError(
-                f"site '{self.name}' was calibrated for self-attention without mask, dropout or grouped heads, and is now "
-                "called with one; leave it exact (--exclude) or calibrate on such inputs"
+                f"site '{self.name}' was calibrated for self-attention without mask, dropout or grouped heads, and "
+                "is now called with one; leave it exact (--exclude) or calibrate on such inputs"
             )
         return self.layer(call.query, call.key, call.value, scale=call.scale)
 
@@ -188,8 +188,8 @@ def swap(model: nn.Module, replacements: Mapping[str, Callable[[Call], Tensor]])
     for name, replacement in replacements.items():
         module = modules[name]
         # A module goes through nn.Module's registration, so that it moves with the model; it brings no state dict keys.
-        module.sbpatch = replacement  # type: ignore[assignment]
-        module.__class__ = _patched_class(type(module))
+        module.sbpatch = replacement
+        module.__class__ = _patched_class(type(module))  # type: ignore[arg-type]
 
 
 def restore(model: nn.Module) -> None:

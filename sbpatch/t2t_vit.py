@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import Mlp
+from timm.layers.mlp import Mlp
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
@@ -76,13 +76,17 @@ class T2TViTConfig:
         )
 
 
+def sinusoids(position: Tensor, width: int) -> Tensor:
+    """Fixed position encoding (tokens, width), float32, of positions (tokens,); in float64 within, as the original."""
+    channel = torch.arange(width, dtype=torch.float64)
+    angle = position.double()[:, None] / 10000 ** (2 * (channel // 2) / width)
+    return torch.where(channel % 2 == 0, angle.sin(), angle.cos()).float()
+
+
 @lru_cache(maxsize=8)
 def sinusoid_table(tokens: int, width: int) -> Tensor:
-    """The fixed position encoding of T2T-ViT, shape (1, tokens, width), float32; computed in float64 as the original."""
-    position = torch.arange(tokens, dtype=torch.float64)[:, None]
-    channel = torch.arange(width, dtype=torch.float64)[None, :]
-    angle = position / 10000 ** (2 * (channel // 2) / width)
-    return torch.where(channel % 2 == 0, angle.sin(), angle.cos()).float()[None]
+    """The encodings of tokens 0, 1, ... in reading order, shape (1, tokens, width)."""
+    return sinusoids(torch.arange(tokens), width)[None]
 
 
 class TokenAttention(nn.Module):
@@ -159,7 +163,7 @@ class T2TViT(nn.Module):
             raise SbpatchError(f"T2T-ViT takes images whose sides are multiples of {PATCH} px, not {height} x {width}")
         x = self.tokens_to_token(x)
         x = torch.cat((self.cls_token.expand(x.shape[0], -1, -1), x), dim=1)
-        position = self.pos_embed
+        position: Tensor = self.pos_embed
         if x.shape[1] != position.shape[1]:  # another input size: sinusoids extend to any length
             position = sinusoid_table(x.shape[1], x.shape[2]).to(position)
         x = x + position

@@ -43,16 +43,17 @@ class Clusters(nn.Module):
 
     # -- clustering, bidirectional ---------------------------------------------------------------------------------
 
-    def _start(self, k: Tensor, key_mask: Tensor | None) -> Tensor:
-        """Starting centres (B, H, m, d): keys at even strides over the tokens that are not padding."""
-        n = k.shape[-2]
-        place = (torch.arange(self.rank, device=k.device) + 0.5) / self.rank
+    @staticmethod
+    def _start(k: Tensor, key_mask: Tensor | None, count: int) -> Tensor:
+        """`count` starting centres (B, H, count, d): keys at even strides over those that are not padding, else zeros."""
+        n, odd = k.shape[-2], 2 * torch.arange(count, device=k.device) + 1
         if key_mask is None:
-            return k.index_select(2, (place * n).long())
+            return k.index_select(2, odd * n // (2 * count))
         seen = key_mask.cumsum(-1)  # (B, n)
-        wanted = (place * seen[:, -1:]).long() + 1  # the t-th real token
-        index = torch.searchsorted(seen, wanted).clamp(max=n - 1)  # (B, m)
-        return k.gather(2, index[:, None, :, None].expand(-1, k.shape[1], -1, k.shape[-1]))
+        wanted = odd * seen[:, -1:] // (2 * count) + 1  # the t-th real token
+        index = torch.searchsorted(seen, wanted).clamp(max=n - 1)  # (B, count)
+        chosen = k.gather(2, index[:, None, :, None].expand(-1, k.shape[1], -1, k.shape[-1]))
+        return chosen.masked_fill(~key_mask.any(-1)[:, None, None, None], 0)
 
     def _members(self, k: Tensor, centre: Tensor, key_mask: Tensor | None) -> Tensor:
         """One-hot membership (B, H, n, m) of keys k in their nearest centres; a row of zeros for padding."""
@@ -80,7 +81,7 @@ class Clusters(nn.Module):
     def centres(self, k: Tensor, key_mask: Tensor | None) -> Tensor:
         """Centres (B, H, m, d) float32 after the Lloyd steps; where a cluster ran empty, its last position."""
         k = k.detach().float()
-        centre = self._start(k, key_mask)
+        centre = self._start(k, key_mask, self.rank)
         for _ in range(self.steps):
             count, total = self._sums(k, centre, key_mask, k)
             centre = torch.where(count > 0, total / count.clamp(min=1), centre)
@@ -139,8 +140,7 @@ class Clusters(nn.Module):
             weights.append(weight)
             shifts.append(shift)
             # the chunk is complete now: found its clusters, then let every key join the nearest
-            place = torch.arange(fresh, device=k.device) * keys.shape[2] // fresh
-            start = torch.cat((start, keys.detach().index_select(2, place)), dim=2)
+            start = torch.cat((start, self._start(keys.detach(), keep, fresh)), dim=2)
             count, sums = F.pad(count, (0, 0, 0, fresh)), F.pad(sums, (0, 0, 0, fresh))
             centre = torch.where(count > 0, (sums / count.clamp(min=1))[..., :width].detach(), start)
             member = self._members(keys.detach(), centre, None)
@@ -179,12 +179,13 @@ class Clusters(nn.Module):
                         if cluster:
                             logits = q[b, h, list(chunk)] @ k[b, h, cluster].mean(0)
                             out[b, h, chunk.start : chunk.stop, cluster] = logits.exp()[:, None]
+                    real = [j for j in chunk if key_mask is None or key_mask[b, j]]
                     for t in range(fresh):
-                        starts.append(k[b, h, first + t * len(chunk) // fresh])
+                        place = real[(2 * t + 1) * len(real) // (2 * fresh)] if real else None
+                        starts.append(torch.zeros_like(k[b, h, 0]) if place is None else k[b, h, place])
                         members.append([])
                     centre = [k[b, h, m].mean(0) if m else s for m, s in zip(members, starts, strict=True)]
-                    for j in chunk:
-                        if key_mask is None or key_mask[b, j]:
-                            distance = torch.stack([(k[b, h, j] - c).norm() for c in centre])
-                            members[int(distance.argmin())].append(j)
+                    for j in real:
+                        distance = torch.stack([(k[b, h, j] - c).norm() for c in centre])
+                        members[int(distance.argmin())].append(j)
         return out

@@ -138,6 +138,8 @@ def _remainder(summary: Summary, covered: tuple[Tensor, Tensor] | None) -> tuple
     rounding = 1e-12 if summary.denominator.dtype == torch.float64 else 1e-6
     denominator = summary.denominator - covered[1]
     gone = denominator <= rounding * summary.denominator
-    shift = summary.shift.masked_fill(gone, torch.finfo(torch.float32).min)
+    # by the row's own total, not by a scale that keys outside the row (the future) may have set: float32 holds no e^-100
+    total = summary.denominator.masked_fill(gone, 1)
+    shift = (summary.shift + total.log()).masked_fill(gone, torch.finfo(torch.float32).min)
     left = (summary.numerator - covered[0]).masked_fill(gone, 0), denominator.masked_fill(gone, 0)
-    return shift, left[0].float(), left[1].float()
+    return shift.float(), (left[0] / total).float(), (left[1] / total).float()

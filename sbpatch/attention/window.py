@@ -28,9 +28,8 @@ class Window(nn.Module):
         self.left = window - 1 if site.causal else window // 2
         self.right = window - 1 - self.left
         n = site.tokens
-        cut = [min(reach, n) for reach in (self.left, self.right)]
-        outside = sum(c * (c + 1) / 2 if c < n else c * (n + 1) / 2 - n for c in cut)  # pairs beyond either end
-        self.nnz = min(window, n) if outside < 0 else max(1.0, window - outside / n)
+        sides = [min(reach, n - 1) for reach in (self.left, self.right)]
+        self.nnz = 1 + sum(c - c * (c + 1) / (2 * n) for c in sides)  # n - t rows have a key at distance t
 
     @classmethod
     def sized(cls, stored: float, site: Geometry) -> dict[str, int] | None:

@@ -1,0 +1,381 @@
+"""Measure every attention site on a sample batch and decide what it becomes: batches -> plan.
+
+1. Entropy per site and head. The paper's rule (arXiv 2110.15343, section 4): high entropy wants more low-rank, low entropy
+   more sparse; here the low-rank part's share of a site's budget starts at entropy / ln n.
+2. Around that split a small grid of others, rank 0 and window 0 included, and of budgets. Each is run on the sample and
+   its output error measured: entropy orders, the error decides.
+3. One budget for all sites: greedily, the step that lowers the summed squared error most per stored entry.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from types import MappingProxyType
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from .attention import PARTS, Scatterbrain, parse_method
+from .errors import SbpatchError
+from .plan import Budget, Decision, Plan, SitePlan, drawn_tensors
+from .recipe import SiteSetting
+from .sites import Call, Site, find_sites, swapped
+
+MIN_TOKENS = 256  # below this, exact attention is one small fused call that no patch beats
+SCREENED = 8  # samples that every candidate is measured on; the chosen ones are measured on all
+MATRIX_SAMPLES = 4  # samples for the matrix error, which costs as much as exact attention in eager mode
+LEVELS = tuple(2 ** (i / 3) for i in range(-5, 13))  # site budgets tried, from a third to 16 times the budget
+SHARES = (0.25, 0.5, 0.75)  # of a site's budget for the low-rank part, beside 0, 1 and the entropy's
+SIMPLER = 0.9  # a composed method must get below this times the error of a simpler one to be taken instead
+
+T = TypeVar("T")
+Progress = Callable[[Sequence[T], str], Iterable[T]]
+
+
+def no_progress(items: Sequence[T], description: str) -> Iterable[T]:
+    return items
+
+
+@dataclass
+class Candidate:
+    """A layer tried at a site, with the mean of its output errors over what it has seen."""
+
+    layer: Scatterbrain
+    error_sum: float = 0.0
+    seen: int = 0
+
+    @property
+    def error(self) -> float:
+        return self.error_sum / max(self.seen, 1)
+
+    def cost(self, site: SitePlan) -> float:
+        """Entries stored for one sample."""
+        return self.layer.stored * site.tokens * site.heads
+
+    def observe(self, call: Call, exact: Tensor) -> None:
+        error = output_error(self.layer(call.query, call.key, call.value, scale=call.scale), exact)
+        self.error_sum += float(error.sum())
+        self.seen += error.numel()
+
+
+@torch.inference_mode()
+def calibrate(
+    model: nn.Module,
+    batches: Sequence[Tensor],
+    *,
+    budget: float = 0.03,
+    method: str = "auto",
+    seed: int = 0,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    min_tokens: int = MIN_TOKENS,
+    fixed: Mapping[str, SiteSetting] = MappingProxyType({}),
+    name: str = "",
+    progress: Progress[Any] = no_progress,
+) -> Plan:
+    """Decide for every attention site of `model` whether and how to patch it.
+
+    Args:
+        model: any module whose attention runs through `scaled_dot_product_attention`; it is left as it was.
+        batches: sample inputs, images (B, 3, H, W) on the model's device; they are run one batch at a time.
+        budget: entries stored over entries of exact attention, averaged over the patched sites.
+        method: `auto`, or a name that `attention.parse_method` takes; of a joined one the parts alone are tried too.
+        seed: of everything random; the same seed gives the same plan and the same tensors.
+        include, exclude: shell patterns over site names; a site must match one of `include`, where given.
+        min_tokens: sites with fewer tokens stay exact.
+        fixed: settings by shell pattern over site names, taken as they are instead of a search.
+
+    Raises:
+        SbpatchError: no attention found, nothing left to patch, or a budget that cannot be met.
+    """
+    if not 0 < budget < 1:
+        raise SbpatchError(f"budget {budget:g} is not a share between 0 and 1 (0.03 stores 3 % of the entries)")
+    if method != "auto":
+        parse_method(method)
+    if not batches or not len(batches[0]):
+        raise SbpatchError("no samples to calibrate on")
+    sites = find_sites(model, batches[0][:1])
+    plan = Plan(model=name, seed=seed, budget=Budget(requested=budget), sites=[])
+    plan.sites = [SitePlan.of(site, *first_decision(site, include, exclude, min_tokens)) for site in sites]
+    if not plan.patched:
+        reasons = "; ".join(f"{s.name}: {s.reason}" for s in plan.sites[:3])
+        raise SbpatchError(f"nothing to patch among {len(plan.sites)} attention sites ({reasons})")
+
+    screen = _first_samples(batches, SCREENED)
+    _measure_entropy(model, plan, screen, progress)
+    device = batches[0].device
+    candidates: dict[str, list[Candidate]] = {}
+    for i, site in enumerate(plan.sites):
+        if site.decision == "patch":
+            setting = next((s for pattern, s in fixed.items() if fnmatch(site.name, pattern)), None)
+            if setting is None:
+                candidates[site.name] = _candidates(site, plan, i, method, device)
+            else:
+                layer = Scatterbrain(setting.method, site.geometry, _site_seed(seed, i), **setting.parameters)
+                candidates[site.name] = [Candidate(layer.to(device))]
+    _measure_errors(model, candidates, screen, progress, "trying splits")
+    chosen = _allocate(plan, candidates)
+    for i, site in enumerate(plan.sites):
+        if site.name in chosen:
+            site.use(chosen[site.name].layer, _site_seed(seed, i))
+            site.reason = _why(site, chosen[site.name], candidates[site.name])
+    plan.settle_budget()
+    _measure_plan(model, plan, batches, progress)
+    return plan
+
+
+def first_decision(
+    site: Site, include: Sequence[str] = (), exclude: Sequence[str] = (), min_tokens: int = MIN_TOKENS
+) -> tuple[Decision, str]:
+    """What can be said of a site before anything is measured, and why."""
+    if site.unsupported:
+        return "unsupported", site.unsupported
+    if include and not any(fnmatch(site.name, pattern) for pattern in include):
+        return "exact", "not among --include"
+    if any(fnmatch(site.name, pattern) for pattern in exclude):
+        return "exact", "excluded"
+    if site.geometry.tokens < min_tokens:
+        return (
+            "exact",
+            f"{site.geometry.tokens} tokens: under {min_tokens}, exact attention costs too little to gain on",
+        )
+    return "patch", f"{site.geometry.tokens} tokens"
+
+
+def _site_seed(seed: int, index: int) -> int:
+    return seed * 10_007 + 2 * index
+
+
+def _first_samples(batches: Sequence[Tensor], count: int) -> list[Tensor]:
+    """The first `count` samples, in batches as they came."""
+    taken, out = 0, []
+    for batch in batches:
+        if taken >= count:
+            break
+        out.append(batch[: count - taken])
+        taken += len(out[-1])
+    return out
+
+
+# -- measuring -------------------------------------------------------------------------------------------------------
+
+
+def output_error(output: Tensor, exact: Tensor) -> Tensor:
+    """||O' - O||_F / ||O||_F per sample and head: (B, H, n, d) twice -> (B, H)."""
+    difference = torch.linalg.vector_norm((output - exact).float(), dim=(-2, -1))
+    return difference / torch.linalg.vector_norm(exact.float(), dim=(-2, -1)).clamp(min=1e-30)
+
+
+def matrix_error(layer: Scatterbrain, call: Call, columns: int = 256) -> Tensor:
+    """||A' - A||_F / ||A||_F of the normalised attention per sample and head, (B, H), without holding either matrix.
+
+    Columns of A' are what the layer gives for columns of the identity as values.
+    """
+    q, k, n = call.query.float(), call.key.float(), call.key.shape[-2]
+    log_sum = torch.cat([(rows @ k.mT * call.softmax_scale).logsumexp(-1) for rows in q.split(256, 2)], 2)[..., None]
+    wrong, whole = torch.zeros(2, *q.shape[:2], device=q.device)
+    for first in range(0, n, columns):
+        part = torch.eye(n, device=q.device)[:, first : first + columns].expand(*q.shape[:2], -1, -1)
+        exact = (q @ k[:, :, first : first + columns].mT * call.softmax_scale - log_sum).exp()
+        found = layer(call.query, call.key, part.to(call.query.dtype), scale=call.scale).float()
+        wrong += (found - exact).square().sum((-2, -1))
+        whole += exact.square().sum((-2, -1))
+    return (wrong / whole).sqrt()
+
+
+def row_entropy(call: Call, rows: int = 256) -> Tensor:
+    """Entropy in nats of the exact attention, mean over `rows` evenly spaced query rows: (B, H)."""
+    n = call.query.shape[-2]
+    index = torch.arange(min(rows, n), device=call.query.device) * n // min(rows, n)
+    logits = call.query.index_select(2, index).float() @ call.key.float().mT * call.softmax_scale
+    log_p = logits.log_softmax(-1)
+    return -(log_p.exp() * log_p).sum(-1).mean(-1)
+
+
+def _measure_entropy(model: nn.Module, plan: Plan, batches: Sequence[Tensor], progress: Progress[Tensor]) -> None:
+    totals = {site.name: torch.zeros(site.heads, dtype=torch.float64) for site in plan.sites}
+
+    def observer(name: str) -> Callable[[Call], Tensor]:
+        def observe(call: Call) -> Tensor:
+            totals[name] += row_entropy(call).double().sum(0).cpu()
+            return call.exact()
+
+        return observe
+
+    supported = [site for site in plan.sites if site.decision != "unsupported"]
+    with swapped(model, {site.name: observer(site.name) for site in supported}):
+        for batch in progress(batches, "entropy"):
+            model(batch)
+    count = sum(len(batch) for batch in batches)
+    for site in supported:
+        site.entropy = (totals[site.name] / count).tolist()
+        site.entropy_ratio = float(totals[site.name].mean()) / count / math.log(site.tokens)
+
+
+def _measure_errors(
+    model: nn.Module,
+    candidates: dict[str, list[Candidate]],
+    batches: Sequence[Tensor],
+    progress: Progress[Tensor],
+    description: str,
+) -> None:
+    """Run every candidate of every site on the inputs that the exact model gives that site."""
+
+    def observer(tried: list[Candidate]) -> Callable[[Call], Tensor]:
+        def observe(call: Call) -> Tensor:
+            exact = call.exact()
+            for candidate in tried:
+                candidate.observe(call, exact)
+            return exact
+
+        return observe
+
+    with swapped(model, {name: observer(tried) for name, tried in candidates.items()}):
+        for batch in progress(batches, description):
+            model(batch)
+
+
+def _measure_plan(model: nn.Module, plan: Plan, batches: Sequence[Tensor], progress: Progress[Tensor]) -> None:
+    """Errors of the chosen layers on all samples, the matrix error on a few, and the whole model's agreement."""
+    from .patch import patch, unpatch
+
+    layers = {name: layer.to(batches[0].device) for name, layer in plan.layers().items()}
+    plan.tensors = {
+        f"{n}.{key}": t.cpu().clone() for n, layer in layers.items() for key, t in drawn_tensors(layer).items()
+    }
+    final = {name: Candidate(layer) for name, layer in layers.items()}
+    matrix: dict[str, list[Tensor]] = {name: [] for name in layers}
+
+    def observer(name: str) -> Callable[[Call], Tensor]:
+        def observe(call: Call) -> Tensor:
+            exact = call.exact()
+            final[name].observe(call, exact)
+            for b in range(min(len(exact), MATRIX_SAMPLES - len(matrix[name]))):
+                one = Call(call.query[b : b + 1], call.key[b : b + 1], call.value[b : b + 1], scale=call.scale)
+                matrix[name].append(matrix_error(layers[name], one))
+            return exact
+
+        return observe
+
+    with swapped(model, {name: observer(name) for name in layers}):
+        exact_outputs = [model(batch) for batch in progress(batches, "checking the plan")]
+    for site in plan.patched:
+        site.output_error = final[site.name].error
+        site.matrix_error = float(torch.stack(matrix[site.name]).mean())
+    patch(model, plan)
+    try:
+        pairs = [(model(b), e) for b, e in zip(progress(batches, "whole model"), exact_outputs, strict=True)]
+    finally:
+        unpatch(model)
+    same = sum(int((found.argmax(-1) == exact.argmax(-1)).sum()) for found, exact in pairs)
+    plan.agreement = 100.0 * same / sum(len(exact) for exact in exact_outputs)
+
+
+# -- choosing --------------------------------------------------------------------------------------------------------
+
+
+def _candidates(site: SitePlan, plan: Plan, index: int, method: str, device: torch.device) -> list[Candidate]:
+    """Layers to try at a site: methods x splits x budgets, simplest first, none that the whole budget could not pay for."""
+    assert site.entropy_ratio is not None
+    if method == "auto":
+        local = "window2d" if site.grid is not None else "window"
+        methods = [f"{local}+clusters", "lsh+clusters"] if not site.causal else ["window+clusters"]
+    else:
+        methods = [method]
+    whole = sum(s.entries for s in plan.patched)
+    tried: dict[str, Candidate] = {}
+    for level in LEVELS:
+        share_of_n = min(plan.budget.requested * level, 0.5)
+        if share_of_n * site.entries > plan.budget.requested * whole * (1 + 1e-9):
+            continue
+        stored = share_of_n * site.tokens
+        for joined in methods:
+            sparse, low_rank = parse_method(joined)
+            shares = [1.0, 0.0, site.entropy_ratio, *SHARES] if sparse and low_rank else [1.0 if low_rank else 0.0]
+            for share in shares:
+                layer = _layer(sparse, low_rank, stored, share, site, _site_seed(plan.seed, index))
+                if layer is not None:
+                    tried.setdefault(f"{layer.method} {layer.parameters_used}", Candidate(layer.to(device)))
+    if not tried:
+        raise SbpatchError(
+            f"budget {plan.budget.requested:g} leaves site '{site.name}' ({site.tokens} tokens) less than {method} can work "
+            "with: raise --budget or exclude the site"
+        )
+    return list(tried.values())
+
+
+def _layer(
+    sparse: str | None, low_rank: str | None, stored: float, share: float, site: SitePlan, seed: int
+) -> Scatterbrain | None:
+    """The method sized so that the low-rank part gets `share` of the stored entries; None where a part gets too few."""
+    names: list[str] = []
+    parameters: dict[str, int] = {}
+    for name, part in ((sparse, stored * (1 - share)), (low_rank, stored * share)):
+        if name is None or part <= 0:
+            continue
+        sized = PARTS[name].sized(part, site.geometry)
+        if sized is None:
+            return None
+        names.append(name)
+        parameters |= sized
+    if site.causal and low_rank in names and low_rank == "clusters" and parameters.get("window", 0) < 64:
+        return None  # causal clusters need the window to cover their chunk
+    return Scatterbrain("+".join(names), site.geometry, seed, **parameters) if names else None
+
+
+def _allocate(plan: Plan, candidates: dict[str, list[Candidate]]) -> dict[str, Candidate]:
+    """One candidate a site, the summed squared output error small, the stored entries within the budget.
+
+    Raises:
+        SbpatchError: even the cheapest candidates together exceed the budget.
+    """
+    sites = {site.name: site for site in plan.patched}
+    limit = plan.budget.requested * sum(site.entries for site in sites.values()) * (1 + 1e-9)
+    chosen = {name: min(tried, key=lambda c: c.cost(sites[name])) for name, tried in candidates.items()}
+    spent = sum(c.cost(sites[name]) for name, c in chosen.items())
+    if spent > limit:
+        raise SbpatchError(
+            f"budget {plan.budget.requested:g} cannot be met: the smallest patch of these {len(sites)} sites stores "
+            f"{spent / limit * plan.budget.requested:.3g} of the entries"
+        )
+    while True:
+        best: tuple[float, str, Candidate] | None = None
+        for name, current in chosen.items():
+            for candidate in candidates[name]:
+                more = candidate.cost(sites[name]) - current.cost(sites[name])
+                gain = current.error**2 - candidate.error**2
+                if gain <= 0 or spent + more > limit:
+                    continue
+                rate = gain / more if more > 0 else math.inf
+                if best is None or rate > best[0] or (rate == best[0] == math.inf and candidate.error < best[2].error):
+                    best = (rate, name, candidate)
+        if best is None:
+            break
+        _, name, candidate = best
+        spent += candidate.cost(sites[name]) - chosen[name].cost(sites[name])
+        chosen[name] = candidate
+    return {name: _simplest(candidate, candidates[name], sites[name]) for name, candidate in chosen.items()}
+
+
+def _simplest(best: Candidate, tried: list[Candidate], site: SitePlan) -> Candidate:
+    """A method of one part in place of a joined one, where it costs no more and its error is nearly as low."""
+    alone = [c for c in tried if "+" not in c.layer.method and c.cost(site) <= best.cost(site)]
+    simple = min(alone, key=lambda c: c.error, default=best)
+    return simple if best.error > SIMPLER * simple.error else best
+
+
+def _why(site: SitePlan, chosen: Candidate, tried: list[Candidate]) -> str:
+    """One line for the report: what the entropy rule would have taken, and what the measurement took."""
+    assert site.entropy_ratio is not None
+    split = chosen.layer
+    if len(tried) == 1:
+        return "set by the recipe"
+    share = (split.low_rank.stored if split.low_rank is not None else 0.0) / split.stored
+    return (
+        f"entropy {site.entropy_ratio:.2f} of ln n suggests {site.entropy_ratio:.0%} low-rank; of {len(tried)} layers tried, "
+        f"{split.method} with {share:.0%} low-rank had the error that paid best"
+    )

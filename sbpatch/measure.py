@@ -1,0 +1,44 @@
+"""Time and peak memory of a piece of work, the same way for every variant."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+def elapsed_ms(work: Callable[[], Any], device: torch.device) -> tuple[Any, float]:
+    """Result and wall time of `work()` in milliseconds; on CUDA the device has finished on both sides."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    result = work()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return result, 1e3 * (time.perf_counter() - start)
+
+
+def peak_memory_bytes(work: Callable[[], Any], device: torch.device) -> int:
+    """Most bytes that PyTorch's allocator holds at once for `work()`, above what it held before.
+
+    CUDA: the allocator's statistics. CPU: the running sum of the allocation and release events of the profiler, which
+    sees each tensor and each kernel workspace that PyTorch allocates, and no weights loaded before.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        work()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        work()
+    held = peak = 0
+    kineto = profile.profiler.kineto_results
+    changes = [(e.start_ns(), e.nbytes()) for e in kineto.events() if e.name() == "[memory]"]
+    for _, change in sorted(changes, key=lambda c: c[0]):
+        held += change
+        peak = max(peak, held)
+    return peak

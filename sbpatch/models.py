@@ -1,0 +1,427 @@
+"""Models: an alias, a path or a timm name -> a pretrained model and the preprocessing that it expects.
+
+Weights are read as data only (safetensors, or pickles under `weights_only=True`) and loaded strictly: every tensor of
+the file is used and every tensor of the model is filled, or there is an error that says which one is not.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import http.client
+import json
+import os
+import pickle
+import re
+import socket
+import ssl
+import struct
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+import timm
+import torch
+from huggingface_hub import constants as hub
+from PIL.Image import Image
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from timm.data.config import resolve_data_config
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.data.transforms_factory import create_transform
+from torch import Tensor, nn
+
+from .errors import SbpatchError
+from .t2t_vit import PATCH, T2TViT, t2t_vit_from_state_dict
+
+DEMO = "t2t-vit-demo"
+RELEASE_URL = "https://github.com/yitu-opensource/T2T-ViT/releases/download/main"
+CONNECT_SECONDS = 5  # how long a server may be silent before it counts as out of reach
+# What timm raises for weights that do not fit and files it cannot get, and the readers under torch.load for damage.
+LOAD_ERRORS = (
+    *(RuntimeError, OSError, EOFError, ValueError, TypeError, LookupError, AttributeError, AssertionError),
+    *(SafetensorError, pickle.UnpicklingError, struct.error),
+)
+
+
+@dataclass(frozen=True)
+class Release:
+    """One official softmax T2T-ViT file. `sha256` is None where none is published: then the first download's holds."""
+
+    file: str
+    width: int
+    depth: int
+    sha256: str | None = None
+
+
+RELEASES = {
+    "t2t-vit-14": Release("81.7_T2T_ViTt_14.pth.tar", width=384, depth=14),
+    "t2t-vit-19": Release("82.4_T2T_ViTt_19.pth.tar", width=448, depth=19),
+    "t2t-vit-24": Release("82.6_T2T_ViTt_24.pth.tar", width=512, depth=24),
+}
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How an image becomes an input: resize to `input_size / crop_pct`, crop the centre, scale to 0..1, normalise.
+
+    `input_size` is (channels, height, width) in pixels; `mean` and `std` are per channel, for values from 0 to 1.
+    """
+
+    input_size: tuple[int, int, int] = (3, 224, 224)
+    interpolation: str = "bicubic"
+    crop_pct: float = 0.9
+    mean: tuple[float, ...] = IMAGENET_DEFAULT_MEAN
+    std: tuple[float, ...] = IMAGENET_DEFAULT_STD
+    crop_mode: str = "center"
+
+    def to_dict(self) -> dict[str, Any]:
+        """The values as JSON can hold them, under the names of timm's `pretrained_cfg`."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Preprocessing:
+        """Read `to_dict`'s values, or a timm `pretrained_cfg` (other keys are left alone).
+
+        Raises:
+            SbpatchError: a value is missing or is not of its kind.
+        """
+        try:
+            channels, height, width = (int(n) for n in values["input_size"])
+            return cls(
+                input_size=(channels, height, width),
+                interpolation=str(values["interpolation"]),
+                crop_pct=float(values["crop_pct"]),
+                mean=tuple(float(x) for x in values["mean"]),
+                std=tuple(float(x) for x in values["std"]),
+                crop_mode=str(values.get("crop_mode", "center")),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise SbpatchError(
+                f"preprocessing with a missing or wrong value ({one_line(error)}): it needs input_size, interpolation, "
+                f"crop_pct, mean and std, and has {dict(values)}"
+            ) from None
+
+    def transform(self) -> Callable[[Image], Tensor]:
+        """The evaluation transform: an RGB image -> a float32 tensor of shape `input_size`."""
+        transform: Callable[[Image], Tensor] = create_transform(**asdict(self), is_training=False)
+        return transform
+
+    def resized(self, pixels: int) -> Preprocessing:
+        """The same for square inputs of another size."""
+        return replace(self, input_size=(self.input_size[0], pixels, pixels))
+
+
+@dataclass
+class Checkpoint:
+    """A pretrained model, ready to run: evaluation mode, float32, on the CPU.
+
+    `config` is what a saved `config.json` holds so that `load_checkpoint` can rebuild the model from its directory;
+    where the family is "timm", timm's own `local-dir:` loader reads it too. `sha256` is of the weights file, or, where
+    the hub chose the file, of the tensors (`tensors_sha256`).
+    """
+
+    name: str
+    model: nn.Module
+    family: str  # "t2t-vit" or "timm"
+    config: dict[str, Any]
+    preprocessing: Preprocessing
+    sha256: str
+
+
+def load_checkpoint(name: str, checkpoint: Path | None = None, input_size: int | None = None) -> Checkpoint:
+    """Load a pretrained model by name.
+
+    Args:
+        name: an alias (`t2t-vit-14`, `-19`, `-24`: downloaded once to $SBPATCH_CACHE or ~/.cache/sbpatch;
+            `t2t-vit-demo`: embedded), a directory with `config.json` and `model.safetensors`, a T2T-ViT checkpoint
+            file, or a timm name, with `timm/` in front or not.
+        checkpoint: a weights file to use in place of the published one; with an alias or a timm name only.
+        input_size: pixels a side, where it is not to be the model's own.
+
+    Raises:
+        SbpatchError: the name is unknown, or the weights cannot be found, read or fitted.
+    """
+    path = Path(name).expanduser()
+    timm_name = name.removeprefix("timm/")
+    if input_size is not None and input_size < 1:
+        raise SbpatchError(f"an input size of {input_size} px: it must be positive")
+    if name in RELEASES:
+        release = RELEASES[name]
+        found = _load_t2t_file(name, checkpoint or _released(name, release), input_size)
+        width, depth = found.config["width"], found.config["depth"]
+        if (width, depth) != (release.width, release.depth):
+            raise SbpatchError(
+                f"{checkpoint} holds a T2T-ViT of width {width} and depth {depth}, but {name} has width "
+                f"{release.width} and depth {release.depth}: give the file itself as MODEL"
+            )
+        return found
+    if checkpoint is not None and (name == DEMO or path.exists()):
+        raise SbpatchError(f"{name} has its own weights: give {checkpoint} itself as MODEL, or an alias or a timm name")
+    if name == DEMO:
+        return _load_directory(name, Path(__file__).parent / "assets" / DEMO, input_size)
+    if path.is_dir():
+        return _load_directory(name, path, input_size)
+    if path.is_file():
+        return _load_t2t_file(name, path, input_size)
+    if timm.is_model(timm_name.partition(".")[0]):
+        return _load_timm(timm_name, checkpoint, input_size)
+    if name.startswith((".", "~", "/")) or path.suffix in {".tar", ".pth", ".pt", ".bin", ".safetensors"}:
+        raise SbpatchError(f"no such file or directory: {name}")
+    if name.count("/") == 1 and not name.startswith("timm/"):
+        raise SbpatchError(
+            f"{name}: no such directory, and this version takes T2T-ViT and timm models, not other Hugging Face ids"
+        )
+    near = difflib.get_close_matches(timm_name, [*RELEASES, DEMO, *timm.list_models()], n=3)
+    known = f"known are {', '.join(RELEASES)}, {DEMO}, timm names and paths"
+    raise SbpatchError(f"unknown model '{name}': " + (f"did you mean {' or '.join(near)}?" if near else known))
+
+
+def build(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> nn.Module:
+    """Rebuild a model from the `config` of its Checkpoint and its tensors; evaluation mode, float32, on the CPU.
+
+    Raises:
+        SbpatchError: the configuration is not of a known kind, or a tensor is missing, left over or of another shape.
+    """
+    if config.get("architecture") == "t2t-vit":
+        model = t2t_vit_from_state_dict(state)
+        for key, value in model.config.to_dict().items():
+            if config.get(key) != value:
+                raise SbpatchError(f"config.json says {key} {config.get(key)}, but the weights say {value}")
+        return model
+    args = {"num_classes": config.get("num_classes"), **config.get("model_args", {})}
+    try:
+        rebuilt: nn.Module = timm.create_model(config["architecture"], pretrained_cfg=_pretrained_cfg(config), **args)
+        rebuilt.load_state_dict(state)
+    except LOAD_ERRORS as error:
+        raise SbpatchError(f"the weights do not fit timm's {config.get('architecture')}: {one_line(error)}") from None
+    return rebuilt.float().eval()
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Read the tensors of a .safetensors file or of a PyTorch checkpoint (.pth, .pth.tar, .pt, .bin), on the CPU.
+
+    The wrappers that training scripts leave are taken off: the dicts `state_dict_ema`, `state_dict` and `model`, and
+    the prefix `module.` on the names. No code in a pickle is run.
+
+    Raises:
+        SbpatchError: the file is missing or damaged, needs code to be run, or holds something else than tensors.
+    """
+    if not path.is_file():
+        raise SbpatchError(f"no such weights file: {path}")
+    safe = path.suffix == ".safetensors"
+    try:
+        loaded = load_file(path) if safe else torch.load(path, map_location="cpu", weights_only=True)
+    except LOAD_ERRORS as error:
+        wanted = re.search(r"GLOBAL ([\w.]+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
+        if wanted:
+            raise SbpatchError(
+                f"{path} is a pickle that wants to run {wanted[1]}, which is refused: save its tensors as safetensors"
+            ) from None
+        reason = "the pickle is broken" if isinstance(error, pickle.UnpicklingError) else one_line(error)
+        raise SbpatchError(f"{path} is damaged or not a weights file ({reason}): get it again") from None
+    for wrapper in ("state_dict_ema", "state_dict", "model"):
+        if isinstance(loaded, Mapping) and isinstance(loaded.get(wrapper), Mapping):
+            loaded = loaded[wrapper]
+            break
+    if not isinstance(loaded, Mapping) or not loaded or not all(isinstance(t, Tensor) for t in loaded.values()):
+        raise SbpatchError(
+            f"{path} holds no state dict: expected named tensors, alone or under state_dict_ema, state_dict or model"
+        )
+    return {str(key).removeprefix("module."): tensor for key, tensor in loaded.items()}
+
+
+def tensors_sha256(state: Mapping[str, Tensor]) -> str:
+    """SHA-256 over the names, types, shapes and values of a state dict, in the order of the names."""
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        tensor = state[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+@contextmanager
+def hub_or_cache() -> Iterator[None]:
+    """Inside, Hugging Face code uses its cache alone if the hub does not answer; by itself it retries for a minute."""
+    before = hub.HF_HUB_OFFLINE
+    hub.HF_HUB_OFFLINE = before or not _answers(hub.ENDPOINT)
+    try:
+        yield
+    finally:
+        hub.HF_HUB_OFFLINE = before
+
+
+def _answers(url: str) -> bool:
+    try:
+        urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=CONNECT_SECONDS).close()
+    except urllib.error.HTTPError:
+        return True  # a refusal is an answer
+    except (OSError, http.client.HTTPException) as error:
+        # So is a certificate that Python does not know: the hub's own client may.
+        return isinstance(getattr(error, "reason", None), ssl.SSLError)
+    return True
+
+
+def one_line(error: BaseException) -> str:
+    """What an exception says, as a part of one line."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else text[:297] + "..."
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _released(alias: str, release: Release) -> Path:
+    """The file of an alias in the cache, downloaded if it is not there, its SHA-256 checked."""
+    path = Path(os.environ.get("SBPATCH_CACHE") or "~/.cache/sbpatch").expanduser() / release.file
+    record = path.with_name(path.name + ".sha256")
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    timeout = socket.getdefaulttimeout()
+    try:
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            socket.setdefaulttimeout(CONNECT_SECONDS)  # torch's downloader has no timeout of its own
+            torch.hub.download_url_to_file(f"{RELEASE_URL}/{release.file}", str(partial))
+            read_tensors(partial)  # a connection that closed early leaves a short file and no error
+            partial.replace(path)
+        found = _sha256(path)
+        if not record.exists():
+            record.write_text(found + "\n")
+        expected = release.sha256 or record.read_text().strip()
+    except (OSError, http.client.HTTPException, SbpatchError) as error:
+        raise SbpatchError(
+            f"{alias}: no {release.file} in {path.parent}, and none from {RELEASE_URL} ({one_line(error)}): "
+            "download it elsewhere and pass --checkpoint FILE"
+        ) from None
+    finally:
+        socket.setdefaulttimeout(timeout)
+        with suppress(OSError):  # mostly: it was never made
+            partial.unlink()
+    if found != expected:
+        raise SbpatchError(
+            f"{path} is not what it was: SHA-256 {found}, not {expected}; delete it to download it again"
+        )
+    return path
+
+
+def _load_t2t_file(name: str, path: Path, input_size: int | None) -> Checkpoint:
+    state = read_tensors(path)
+    try:
+        model = t2t_vit_from_state_dict(state)
+    except SbpatchError as error:
+        raise SbpatchError(f"{path}: {error}; a timm model's file goes with its name: NAME --checkpoint FILE") from None
+    return _t2t_checkpoint(name, model, Preprocessing().resized(model.config.input_size), _sha256(path), input_size)
+
+
+def _t2t_checkpoint(
+    name: str, model: T2TViT, preprocessing: Preprocessing, sha256: str, input_size: int | None
+) -> Checkpoint:
+    if input_size is not None:
+        if input_size % PATCH:
+            raise SbpatchError(f"T2T-ViT takes an input size that is a multiple of {PATCH} px, not {input_size}")
+        preprocessing = preprocessing.resized(input_size)
+    config = {"architecture": "t2t-vit", **model.config.to_dict(), "pretrained_cfg": preprocessing.to_dict()}
+    return Checkpoint(name, model, "t2t-vit", config, preprocessing, sha256)
+
+
+def _load_directory(name: str, folder: Path, input_size: int | None) -> Checkpoint:
+    weights = folder / "model.safetensors"
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise SbpatchError(f"{folder} is no model directory: cannot read its config.json ({one_line(error)})") from None
+    if not isinstance(config, dict) or not isinstance(config.get("architecture"), str):
+        raise SbpatchError(f"{folder / 'config.json'} names no 'architecture': neither T2T-ViT nor a timm model")
+    state = read_tensors(weights)
+    try:
+        if config["architecture"] == "t2t-vit":
+            model = cast(T2TViT, build(config, state))
+            preprocessing = Preprocessing.from_dict(_pretrained_cfg(config))
+            return _t2t_checkpoint(name, model, preprocessing, _sha256(weights), input_size)
+        if input_size is None:
+            return _timm_checkpoint(name, build(config, state), config.get("model_args", {}), _sha256(weights), None)
+        return _timm_from_tensors(name, config, state, _sha256(weights), input_size)
+    except SbpatchError as error:
+        raise SbpatchError(f"{folder}: {error}") from None
+
+
+def _load_timm(name: str, checkpoint: Path | None, input_size: int | None) -> Checkpoint:
+    try:
+        cfg = timm.get_pretrained_cfg(name)
+    except RuntimeError:
+        tags = timm.list_pretrained(f"{name.partition('.')[0]}.*")
+        near = difflib.get_close_matches(name, tags, n=3, cutoff=0.0) or [name.partition(".")[0]]
+        raise SbpatchError(f"unknown model '{name}': did you mean {' or '.join(near)}?") from None
+    if checkpoint is not None:
+        config = {"architecture": name.partition(".")[0], "pretrained_cfg": cfg.to_dict() if cfg else {}}
+        try:
+            return _timm_from_tensors(name, config, read_tensors(checkpoint), _sha256(checkpoint), input_size)
+        except SbpatchError as error:
+            raise SbpatchError(f"{checkpoint}: {error}") from None
+    if cfg is None or not cfg.has_weights:
+        raise SbpatchError(f"timm has no pretrained weights for {name}: pass --checkpoint FILE")
+    args: dict[str, Any] = {"img_size": input_size} if input_size and cfg.fixed_input_size else {}
+    try:
+        with hub_or_cache():
+            model: nn.Module = timm.create_model(name, pretrained=True, **args)
+    except LOAD_ERRORS as error:
+        raise SbpatchError(
+            f"{name}: cannot load it from {hub.ENDPOINT}/{cfg.hf_hub_id or ''} or its cache {hub.HF_HUB_CACHE} "
+            f"({one_line(error)}); download it elsewhere and pass --checkpoint FILE"
+        ) from None
+    return _timm_checkpoint(name, model, args, tensors_sha256(model.state_dict()), input_size)
+
+
+def _timm_from_tensors(
+    name: str, config: Mapping[str, Any], state: dict[str, Tensor], sha256: str, input_size: int | None
+) -> Checkpoint:
+    """Through timm's own loader, which renames old layouts and resamples position tables, and loads strictly."""
+    cfg = {k: v for k, v in _pretrained_cfg(config).items() if k not in ("file", "hf_hub_id", "url", "source")}
+    args = dict(config.get("model_args", {}))
+    if input_size and cfg.get("fixed_input_size"):
+        args["img_size"] = input_size
+    head = state.get(f"{cfg.get('classifier')}.weight")
+    classes = head.shape[0] if head is not None else config.get("num_classes", cfg.get("num_classes"))
+    overlay = {"state_dict": state, "custom_load": False, "num_classes": classes}
+    try:
+        model: nn.Module = timm.create_model(
+            config["architecture"],
+            pretrained=True,
+            pretrained_cfg=cfg,
+            pretrained_cfg_overlay=overlay,
+            num_classes=classes,
+            **args,
+        )
+    except LOAD_ERRORS as error:
+        raise SbpatchError(f"the weights do not fit timm's {config['architecture']}: {one_line(error)}") from None
+    return _timm_checkpoint(name, model, args, sha256, input_size)
+
+
+def _timm_checkpoint(
+    name: str, model: nn.Module, args: Mapping[str, Any], sha256: str, input_size: int | None
+) -> Checkpoint:
+    cfg: dict[str, Any] = {k: v for k, v in model.pretrained_cfg.items() if k != "state_dict"}  # type: ignore[union-attr, operator]
+    preprocessing = Preprocessing.from_dict(resolve_data_config(pretrained_cfg=cfg))
+    if input_size is not None:
+        preprocessing = preprocessing.resized(input_size)
+    config = {
+        "architecture": cfg["architecture"],
+        "num_classes": model.num_classes,
+        "pretrained_cfg": {**cfg, **preprocessing.to_dict()},
+        "model_args": dict(args),
+    }
+    return Checkpoint(name, model.float().eval(), "timm", config, preprocessing, sha256)
+
+
+def _pretrained_cfg(config: Mapping[str, Any]) -> dict[str, Any]:
+    cfg = config.get("pretrained_cfg")
+    if not isinstance(cfg, Mapping):
+        raise SbpatchError("config.json without a 'pretrained_cfg': it does not say how images are prepared")
+    return dict(cfg)

@@ -1,0 +1,179 @@
+"""The plan: what every attention site of a model becomes, and why. Its file is `sbpatch.json`."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import timm
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from torch import Tensor
+
+from . import __version__
+from .attention import Geometry, Scatterbrain, parse_method
+from .errors import SbpatchError
+from .sites import Site
+
+PLAN_FILE = "sbpatch.json"
+Decision = Literal["patch", "exact", "unsupported"]
+
+
+def versions() -> dict[str, str]:
+    """Versions that figures are stated with."""
+    return {
+        "sbpatch": __version__,
+        "torch": torch.__version__,
+        "timm": timm.__version__,
+        "python": platform.python_version(),
+    }
+
+
+class SitePlan(BaseModel):
+    """One site: its shape, what was measured, and what is done. Parameters of the method are further keys (`window`, ...)."""
+
+    model_config = ConfigDict(extra="allow", populate_by_name=True)
+
+    name: str
+    class_name: str = Field(alias="class")
+    tokens: int
+    heads: int
+    head_dim: int
+    causal: bool = False
+    grid: tuple[int, int] | None = None
+    prefix: int = 0
+    entropy: list[float] | None = None  # nats, one a head
+    entropy_ratio: float | None = None  # mean over heads, divided by ln n
+    decision: Decision
+    reason: str
+    method: str | None = None
+    seed: int | None = None
+    rank: int | None = None
+    nnz: float | None = None
+    budget: float | None = None
+    matrix_error: float | None = None
+    output_error: float | None = None
+
+    @classmethod
+    def of(cls, site: Site, decision: Decision, reason: str) -> SitePlan:
+        g = site.geometry
+        return cls.model_validate(
+            {
+                "name": site.name, "class": site.class_name, "tokens": g.tokens, "heads": g.heads, "head_dim": g.head_dim,
+                "causal": g.causal, "grid": g.grid, "prefix": g.prefix, "decision": decision, "reason": reason,
+            }
+        )  # fmt: skip
+
+    @property
+    def geometry(self) -> Geometry:
+        return Geometry(self.tokens, self.heads, self.head_dim, self.causal, self.grid, self.prefix)
+
+    @property
+    def entries(self) -> int:
+        """Entries of the exact attention of one sample."""
+        return self.heads * self.tokens * self.tokens
+
+    @property
+    def stored(self) -> float:
+        """Entries that the planned attention stores for one sample, all of them where the site stays exact."""
+        return self.entries * (self.budget if self.decision == "patch" and self.budget is not None else 1.0)
+
+    def use(self, layer: Scatterbrain, seed: int) -> None:
+        """Take over a built layer's method, parameters and cost."""
+        self.method, self.seed = layer.method, seed
+        for name, value in layer.parameters_used.items():
+            setattr(self, name, value)
+        self.rank, self.nnz, self.budget = layer.rank, layer.nnz, layer.stored / self.tokens
+
+    def layer(self) -> Scatterbrain:
+        """Build the layer of a patched site, its buffers drawn from the site's seed."""
+        if self.method is None or self.seed is None:
+            raise SbpatchError(f"plan of site '{self.name}' says patch but names no method or seed: calibrate again")
+        parameters = {k: v for k, v in (self.model_extra or {}).items() if isinstance(v, int)}
+        if parse_method(self.method)[1] is not None and self.rank is not None:
+            parameters["rank"] = self.rank
+        return Scatterbrain(self.method, self.geometry, self.seed, **parameters)
+
+
+class Budget(BaseModel):
+    """Shares of the exact entries: asked for; stored over the patched sites; stored over all sites, exact ones in full."""
+
+    requested: float
+    used: float = 0.0
+    model: float = 1.0
+
+
+class Plan(BaseModel):
+    """What `calibrate` decides and `patch` carries out. `tensors` are the patch's own (projections), by site and name."""
+
+    model_config = ConfigDict(arbitrary_types_allowed=True)
+
+    model: str
+    base_sha256: str = ""
+    seed: int
+    versions: dict[str, str] = Field(default_factory=versions)
+    data: dict[str, Any] = Field(default_factory=dict)
+    input_size: list[int] | None = None
+    device: str = "cpu"
+    dtype: str = "float32"
+    budget: Budget
+    agreement: float | None = None  # percent, on the calibration sample
+    sites: list[SitePlan]
+    tensors: dict[str, Tensor] = Field(default_factory=dict, exclude=True)
+
+    @property
+    def patched(self) -> list[SitePlan]:
+        return [site for site in self.sites if site.decision == "patch"]
+
+    def settle_budget(self) -> None:
+        """Fill in what the plan uses; the one place where the budget is added up."""
+        patched = self.patched
+        if patched:
+            self.budget.used = sum(s.stored for s in patched) / sum(s.entries for s in patched)
+        self.budget.model = sum(s.stored for s in self.sites) / sum(s.entries for s in self.sites)
+
+    def layers(self) -> dict[str, Scatterbrain]:
+        """Build every patched site's layer; buffers come from `tensors` where they were saved, else from the seed.
+
+        Raises:
+            SbpatchError: a saved tensor is missing, left over or of another shape.
+        """
+        layers = {site.name: site.layer() for site in self.patched}
+        if not self.tensors:
+            return layers
+        wanted = {f"{name}.{key}": t for name, layer in layers.items() for key, t in drawn_tensors(layer).items()}
+        if odd := sorted(wanted.keys() ^ self.tensors.keys()):
+            raise SbpatchError(f"tensors of the patch do not fit its plan: '{odd[0]}' is missing or left over")
+        for name, buffer in wanted.items():
+            if buffer.shape != self.tensors[name].shape:
+                raise SbpatchError(f"tensor '{name}' of the patch has shape {tuple(self.tensors[name].shape)}")
+            buffer.copy_(self.tensors[name])
+        return layers
+
+    def to_json(self) -> str:
+        return self.model_dump_json(indent=2, by_alias=True, exclude_none=True) + "\n"
+
+    @classmethod
+    def read(cls, path: Path, tensors: Mapping[str, Tensor] | None = None) -> Plan:
+        """Read `sbpatch.json`.
+
+        Raises:
+            SbpatchError: the file is missing or is not a plan; the line names the first thing wrong with it.
+        """
+        try:
+            plan = cls.model_validate_json(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise SbpatchError(f"no plan at {path}: {error.strerror}") from error
+        except (ValidationError, UnicodeDecodeError) as error:
+            first = error.errors()[0] if isinstance(error, ValidationError) else {"loc": (), "msg": str(error)}
+            where = ".".join(map(str, first["loc"])) or "the file"
+            raise SbpatchError(f"{path} is not a plan: {where}: {first['msg']}") from error
+        plan.tensors = dict(tensors or {})
+        return plan
+
+
+def drawn_tensors(layer: Scatterbrain) -> dict[str, Tensor]:
+    """The random buffers of a layer (floating point); index tables are rebuilt from the plan instead."""
+    return {name: t for name, t in layer.named_buffers() if t.is_floating_point()}

@@ -1,0 +1,211 @@
+"""What people read: tables for the terminal, the model card, the plot."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.figure import Figure
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from .plan import Plan, SitePlan
+
+BLUE, ORANGE, GREEN, GREY = "#2b6cb0", "#dd7a2b", "#3a8f5c", "#9aa5b1"
+
+COLUMNS_EXPLAINED = (
+    "entropy: mean over query rows of -sum p ln p, as a share of its largest value ln n (1: diffuse, 0: one key) · "
+    "exact: keys computed exactly per query · rank: clusters or features beside them · budget: entries stored / n · "
+    "output error: ||O' - O|| / ||O|| of the site's output, mean over samples and heads"
+)
+
+
+def plan_table(plan: Plan) -> RenderableType:
+    """The plan, one row a group of like sites, with what the columns mean below it."""
+    table = Table(title=f"plan for {plan.model or 'model'}", title_justify="left", header_style="bold")
+    for name, justify in (
+        ("site", "left"), ("tokens", "right"), ("heads", "right"), ("entropy", "right"), ("decision", "left"),
+        ("method", "left"), ("exact", "right"), ("rank", "right"), ("budget", "right"), ("output error", "right"),
+    ):  # fmt: skip
+        table.add_column(name, justify=justify, overflow="fold")  # type: ignore[arg-type]
+    for site, count in _grouped(plan.sites):
+        table.add_row(
+            site.name + (f" (and {count - 1} more like it)" if count > 1 else ""),
+            str(site.tokens),
+            str(site.heads),
+            _number(site.entropy_ratio, ".2f"),
+            Text(site.decision, style="green" if site.decision == "patch" else "dim"),
+            site.method or site.reason,
+            _number(site.nnz, ".1f"),
+            _number(site.rank, "d"),
+            _number(site.budget, ".4f"),
+            _number(site.output_error, ".4f"),
+        )
+    lines = [
+        f"budget: {plan.budget.used:.4f} of the entries over the patched sites (asked for {plan.budget.requested:g}), "
+        f"{plan.budget.model:.4f} over the whole model"
+    ]
+    if plan.agreement is not None:
+        lines.append(
+            f"agreement with the exact model on the {plan.data.get('samples', '?')} samples: {plan.agreement:.1f} %"
+        )
+    return Group(table, *lines, Text(COLUMNS_EXPLAINED, style="dim"))
+
+
+def sites_table(plan: Plan) -> RenderableType:
+    """What inspect shows: the sites as they were found."""
+    table = Table(title=f"attention of {plan.model}", title_justify="left", header_style="bold")
+    for name in ("site", "class", "tokens", "heads", "head dim", "causal", "grid", "decision", "reason"):
+        table.add_column(name, justify="right" if name in ("tokens", "heads", "head dim") else "left", overflow="fold")
+    for site in plan.sites:
+        grid = "" if site.grid is None else f"{site.prefix} + {site.grid[0]}x{site.grid[1]}"
+        shape = (str(site.tokens), str(site.heads), str(site.head_dim))
+        causal = "yes" if site.causal else "no"
+        table.add_row(site.name, site.class_name, *shape, causal, grid, site.decision, site.reason)
+    return table
+
+
+def eval_table(result: Mapping[str, Any]) -> RenderableType:
+    """Eager, SDPA and patched side by side, time and memory also as ratios to SDPA."""
+    table = Table(title=f"{result['model']} on {result['dataset']}", title_justify="left", header_style="bold")
+    for name in ("variant", "top-1 %", "top-5 %", "agreement %", "ms / batch", "speed vs SDPA", "samples / s"):
+        table.add_column(name, justify="left" if name == "variant" else "right")
+    for name in ("peak memory", "vs SDPA", "attention stored / sample"):
+        table.add_column(name, justify="right")
+    base = result["variants"]["sdpa"]
+    for variant, v in result["variants"].items():
+        table.add_row(
+            variant,
+            _number(v.get("top1"), ".2f"),
+            _number(v.get("top5"), ".2f"),
+            _number(v.get("agreement"), ".2f"),
+            f"{v['latency_ms']:.1f}",
+            f"{base['latency_ms'] / v['latency_ms']:.2f}x",
+            f"{v['samples_per_second']:.1f}",
+            _bytes(v["peak_memory_bytes"]),
+            f"{v['peak_memory_bytes'] / base['peak_memory_bytes']:.2f}x",
+            _bytes(v["attention_memory_bytes"]),
+            style="bold" if variant == "patched" else None,
+        )
+    setting = (
+        f"{result['samples']} samples in batches of {result['batch_size']}, {result['device']}, {result['dtype']}, "
+        f"torch {result['versions']['torch']}; time: median over batches; peak: PyTorch's allocations for one batch, weights apart"
+    )
+    return Group(table, Text(setting, style="dim"))
+
+
+def _grouped(sites: list[SitePlan]) -> list[tuple[SitePlan, int]]:
+    """Runs of exact sites of one shape and reason as one row; patched sites each on their own."""
+    groups: list[tuple[SitePlan, int]] = []
+    for site in sites:
+        last = groups[-1][0] if groups else None
+        alike = last is not None and all(
+            getattr(site, key) == getattr(last, key) for key in ("tokens", "heads", "head_dim", "decision", "reason")
+        )
+        if alike and site.decision != "patch" and last is not None:
+            groups[-1] = (last, groups[-1][1] + 1)
+        else:
+            groups.append((site, 1))
+    return groups
+
+
+def _number(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
+
+
+def _bytes(count: float) -> str:
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} GB"
+
+
+# -- files -----------------------------------------------------------------------------------------------------------
+
+
+def model_card(plan: Plan) -> str:
+    """README.md of a patched directory."""
+    rows = "\n".join(
+        f"| `{s.name}` | {s.tokens} | {s.heads} | {_number(s.entropy_ratio, '.3f')} | {s.decision} | {s.method or ''} "
+        f"| {_number(s.nnz, '.1f')} | {_number(s.rank, 'd')} | {_number(s.budget, '.4f')} "
+        f"| {_number(s.matrix_error, '.3f')} | {_number(s.output_error, '.4f')} | {s.reason} |"
+        for s in plan.sites
+    )
+    versions = ", ".join(f"{name} {version}" for name, version in plan.versions.items())
+    data = f"{plan.data.get('samples')} samples of `{plan.data.get('source')}`"
+    return f"""---
+library_name: sbpatch
+tags: [sbpatch, sparse-attention, low-rank-attention]
+---
+
+# {plan.model}, patched by sbpatch
+
+The weights are those of the base model, unchanged (`model.safetensors`, SHA-256 of the base file `{plan.base_sha256}`).
+`sbpatch.json` says which attention sites compute a calibrated sparse + low-rank approximation instead of the full matrix.
+
+```python
+import sbpatch
+model = sbpatch.load("path/to/this/directory")
+```
+
+Calibrated on {data}, seed {plan.seed}, {versions}. Stored over the patched sites: {plan.budget.used:.4f} of the entries
+(asked for {plan.budget.requested:g}); over the whole model, exact sites counted in full: {plan.budget.model:.4f}.
+Agreement with the exact model on the calibration samples: {plan.agreement:.1f} %. That is no accuracy: run
+`sbpatch eval DIR --dataset NAME` for one.
+
+![report](report.png)
+
+| site | tokens | heads | entropy / ln n | decision | method | exact keys | rank | budget | matrix error | output error | why |
+|---|---|---|---|---|---|---|---|---|---|---|---|
+{rows}
+
+{COLUMNS_EXPLAINED.replace(" · ", "; ")}; matrix error: the same norm of the attention matrix itself, over a few samples.
+"""
+
+
+def plot_plan(plan: Plan, path: Path) -> None:
+    """report.png: how diffuse each site is, where its budget goes, and what error that leaves."""
+    matplotlib.use("Agg", force=False)
+    patched = plan.patched
+    measured = [s for s in plan.sites if s.entropy is not None]
+    figure = Figure(figsize=(12, 1.8 + 0.3 * max(len(measured), 2 * len(patched), 6)), layout="constrained")
+    left, middle, right = figure.subplots(1, 3, width_ratios=(1.2, 1, 1))
+    for y, site in enumerate(measured):
+        colour = BLUE if site.decision == "patch" else GREY
+        assert site.entropy is not None
+        largest = math.log(site.tokens)
+        left.plot([h / largest for h in site.entropy], [y] * site.heads, "o", color=colour, alpha=0.7, markersize=6)
+    left.set_yticks(range(len(measured)), [_short(s.name) for s in measured], fontsize=8)
+    left.set(xlim=(0, 1.02), title="entropy / ln n, a dot a head", xlabel="0: one key · 1: all keys alike")
+    left.plot([], [], "o", color=BLUE, label="patched")
+    left.plot([], [], "o", color=GREY, label="exact")
+    left.legend(loc="lower left", fontsize=8)
+    names = [f"{_short(s.name)}\n{s.tokens} tokens\n{s.method}" for s in patched]
+    sparse = [100 * (s.nnz or 0) / s.tokens for s in patched]
+    low_rank = [100 * (s.budget or 0) - x for s, x in zip(patched, sparse, strict=True)]
+    middle.barh(range(len(patched)), sparse, height=0.5, color=ORANGE, label="exact keys (sparse)")
+    middle.barh(range(len(patched)), low_rank, height=0.5, left=sparse, color=BLUE, label="low-rank")
+    middle.axvline(100 * plan.budget.used, color="black", linewidth=1, linestyle="--", label="average")
+    middle.set_yticks(range(len(patched)), names, fontsize=8)
+    middle.set(title="stored, % of the exact entries", ylim=(-0.6, len(patched) - 0.1 + 0.5))
+    middle.legend(fontsize=8, loc="upper right")
+    bars = right.barh(range(len(patched)), [s.output_error or 0 for s in patched], height=0.5, color=GREEN)
+    right.bar_label(bars, fmt="%.3f", fontsize=8, padding=3)
+    right.set_yticks(range(len(patched)), [_short(s.name) for s in patched], fontsize=8)
+    right.set(title="output error ||O' - O|| / ||O||", ylim=(-0.6, len(patched) - 0.1 + 0.5))
+    right.margins(x=0.15)
+    for axes in (left, middle, right):
+        axes.invert_yaxis()
+        axes.spines[["top", "right"]].set_visible(False)
+    agreement = "" if plan.agreement is None else f", agreement {plan.agreement:.1f} % on the calibration sample"
+    figure.suptitle(f"{plan.model}: {plan.budget.used:.1%} of the entries of its patched sites{agreement}", fontsize=11)
+    figure.savefig(path, dpi=130)
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= 34 else "..." + name[-31:]
