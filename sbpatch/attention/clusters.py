@@ -55,42 +55,61 @@ class Clusters(nn.Module):
         chosen = k.gather(2, index[:, None, :, None].expand(-1, k.shape[1], -1, k.shape[-1]))
         return chosen.masked_fill(~key_mask.any(-1)[:, None, None, None], 0)
 
-    def _members(self, k: Tensor, centre: Tensor, key_mask: Tensor | None) -> Tensor:
-        """One-hot membership (B, H, n, m) of keys k in their nearest centres; a row of zeros for padding."""
+    def _members(self, k: Tensor, centre: Tensor, key_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """One-hot membership (B, H, n, m) of keys k in their nearest centres, and half the squared distance (B, H, n).
+
+        Padding is a member of nothing, at distance 0.
+        """
         score = torch.baddbmm(
             centre.square().sum(-1).flatten(0, 1)[:, None, :], k.flatten(0, 1), centre.flatten(0, 1).mT, beta=-0.5
         ).unflatten(0, k.shape[:2])  # k.c - |c|^2 / 2: the largest is the nearest
-        nearest = score.argmax(-1, keepdim=True)
+        best, nearest = score.max(-1, keepdim=True)
         member = nearest == torch.arange(centre.shape[-2], device=k.device)
-        return member if key_mask is None else member & key_mask[:, None, :, None]
+        distance = k.square().sum(-1) / 2 - best.squeeze(-1)
+        if key_mask is None:
+            return member, distance
+        return member & key_mask[:, None, :, None], distance * key_mask[:, None, :]
 
-    def _sums(self, k: Tensor, centre: Tensor, key_mask: Tensor | None, what: Tensor) -> tuple[Tensor, Tensor]:
-        """Per cluster: counts (B, H, m, 1) and sums of `what` (B, H, n, e) -> (B, H, m, e).
+    def _sums(
+        self, k: Tensor, centre: Tensor, key_mask: Tensor | None, what: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Per cluster: counts (B, H, m, 1), sums of `what` (B, H, n, e) -> (B, H, m, e); per key: its distance (B, H, n).
 
         As a product with the one-hot matrix: the same bits on every run, where a scatter would race on a GPU.
         """
         count = torch.zeros_like(centre[..., :1])
         total = centre.new_zeros(*centre.shape[:-1], what.shape[-1])
+        distances = []
         masks = [None] * len(k.split(CHUNK, 2)) if key_mask is None else key_mask.split(CHUNK, 1)
         for keys, rows, mask in zip(k.split(CHUNK, 2), what.split(CHUNK, 2), masks, strict=True):
-            member = self._members(keys.detach(), centre, mask).to(what.dtype)
+            one_hot, distance = self._members(keys.detach(), centre, mask)
+            member = one_hot.to(what.dtype)
             count = count + member.sum(-2)[..., None]
             total = total + member.mT @ rows
-        return count, total
+            distances.append(distance)
+        return count, total, torch.cat(distances, dim=-1)
 
     def centres(self, k: Tensor, key_mask: Tensor | None) -> Tensor:
-        """Centres (B, H, m, d) float32 after the Lloyd steps; where a cluster ran empty, its last position."""
+        """Centres (B, H, m, d) float32 after the Lloyd steps.
+
+        A cluster that ran empty moves to one of the keys farthest from their centres. In images many keys are alike (a
+        plain background), strided starts repeat them, and without this most of the rank would be spent on nothing.
+        """
         k = k.detach().float()
         centre = self._start(k, key_mask, self.rank)
         for _ in range(self.steps):
-            count, total = self._sums(k, centre, key_mask, k)
-            centre = torch.where(count > 0, total / count.clamp(min=1), centre)
+            count, total, distance = self._sums(k, centre, key_mask, k)
+            far = distance.topk(min(self.rank, k.shape[-2]), dim=-1).indices  # (B, H, m)
+            empty = count == 0
+            turn = (empty.cumsum(-2) - 1).clamp(min=0, max=far.shape[-1] - 1).squeeze(-1)  # the t-th empty one takes
+            key = far.gather(-1, turn)[..., None].expand(-1, -1, -1, k.shape[-1])  # the t-th farthest key
+            centre = torch.where(empty, k.gather(2, key), total / count.clamp(min=1))
         return centre
 
     def _clusters(self, k: Tensor, v: Tensor, key_mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Final centres (for membership), then counts (B, H, m, 1), mean keys and mean values (B, H, m, d)."""
         centre = self.centres(k, key_mask)
-        count, total = self._sums(k.float(), centre, key_mask, torch.cat((k, v), dim=-1).float())
+        count, total, _ = self._sums(k.float(), centre, key_mask, torch.cat((k, v), dim=-1).float())
         mean = total / count.clamp(min=1)
         return centre, count, mean[..., : k.shape[-1]], mean[..., k.shape[-1] :]
 
@@ -110,7 +129,7 @@ class Clusters(nn.Module):
         logits = (q @ mean_k.mT).masked_fill(count.mT == 0, -torch.inf)
         shift = logits.amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).min)
         weight = (logits - shift).exp()  # (B, H, n, m)
-        own = torch.cat([self._members(x, centre, None).int().argmax(-1) for x in k.detach().split(CHUNK, 2)], dim=2)
+        own = torch.cat([self._members(x, centre, None)[0].int().argmax(-1) for x in k.detach().split(CHUNK, 2)], dim=2)
 
         def entries(tiles: Tiles) -> Tensor:
             return columns(take(weight, tiles.query), take(own[..., None], tiles.key).squeeze(-1))
@@ -143,7 +162,7 @@ class Clusters(nn.Module):
             start = torch.cat((start, self._start(keys.detach(), keep, fresh)), dim=2)
             count, sums = F.pad(count, (0, 0, 0, fresh)), F.pad(sums, (0, 0, 0, fresh))
             centre = torch.where(count > 0, (sums / count.clamp(min=1))[..., :width].detach(), start)
-            member = self._members(keys.detach(), centre, None)
+            member, _ = self._members(keys.detach(), centre, None)
             own.append(member.int().argmax(-1))
             member = (member & keep[:, None, :, None]).to(k.dtype)
             count, sums = count + member.sum(-2)[..., None], sums + member.mT @ rows
@@ -159,7 +178,7 @@ class Clusters(nn.Module):
     def dense(self, q: Tensor, k: Tensor, key_mask: Tensor | None) -> Tensor:
         if self.causal:
             return self._dense_causal(q.double(), k.double(), key_mask)
-        member = self._members(k.float(), self.centres(k, key_mask), key_mask).double()  # (B, H, n, m)
+        member = self._members(k.float(), self.centres(k, key_mask), key_mask)[0].double()  # (B, H, n, m)
         mean = member.mT @ k.double() / member.sum(-2).clamp(min=1)[..., None]
         return (q.double() @ (member @ mean).mT).exp()
 

@@ -138,7 +138,7 @@ def test_theorem_2(sparse: str, causal: bool) -> None:
         n = 9  # three buckets; a draw in which a row met no key is left out below
     layer = build(f"{sparse}+favor", n, heads=DRAWS, d=d, causal=causal, rank=8, **_half(sparse))
     alone = Favor(Geometry(n, DRAWS, d, causal), 77, 8)
-    q, k = draws(n, d, 1.0)
+    q, k = draws(n, d, 0.5)
     logits = (q[:, :1].double() @ k[:, :1].double().mT).expand(-1, DRAWS, -1, -1)
     pairs = allowed(n, causal, None)[0, 0]
     truth = logits[0, 0].exp() * pairs
@@ -175,7 +175,7 @@ def test_variance_falls_with_the_share_of_pairs_that_meet() -> None:
     """The theorem's (1 - p) Var: with p the probability that hashing brings the pair together."""
     n, d = 12, 8
     layer = build("lsh+favor", n, heads=DRAWS, d=d, rank=8, bucket=3, rounds=2)
-    q, k = draws(n, d, 1.0)
+    q, k = draws(n, d, 0.5)
     truth = (q[0, 0].double() @ k[0, 0].double().mT).exp()
     support = support_pairs(layer, q[:, :400], k[:, :400], None)
     assert torch.equal(support, layer.support.dense(q, k, None)[:, :400])

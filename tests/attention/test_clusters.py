@@ -1,0 +1,161 @@
+"""Clustered keys: the clustering itself, and attention that reads whole clusters."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sbpatch.attention import Geometry
+from sbpatch.attention.clusters import Clusters
+from sbpatch.attention.reference import exact_matrix
+
+from .helpers import build, cluster_entries, cluster_of, draw, padding, probe
+
+
+def inertia(k: torch.Tensor, centre: torch.Tensor) -> float:
+    """Sum of the squared distances of all keys to their nearest centre."""
+    return torch.cdist(k.double(), centre.double()).amin(-1).square().sum().item()
+
+
+@given(n=st.integers(1, 200), rank=st.integers(1, 60), steps=st.integers(0, 3), masked=st.booleans())
+def test_counts_sum_to_the_real_keys(n: int, rank: int, steps: int, masked: bool) -> None:
+    """Seen through a query of zero: every cluster weighs its count, so the output is the mean of the real values."""
+    layer = build("clusters", n, rank=rank, steps=steps)
+    q, k, v = draw(layer)
+    mask = padding(2, n, seed=rank) if masked else torch.ones(2, n, dtype=torch.bool)
+    _, count, _, _ = layer.low_rank._clusters(k, v, mask if masked else None)
+    assert torch.equal(count.sum((-1, -2)), mask.sum(-1)[:, None].expand(-1, 2).float())
+    found = layer(torch.zeros_like(q), k, v, mask if masked else None)[:, :, 0]
+    wanted = (v * mask[:, None, :, None]).sum(2) / mask.sum(-1).clamp(min=1)[:, None, None]
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+@given(n=st.integers(2, 150), rank=st.integers(1, 40), steps=st.integers(0, 3), masked=st.booleans())
+def test_the_clusters_are_lloyds(n: int, rank: int, steps: int, masked: bool) -> None:
+    """Against the loop in helpers.py: A' is the same for every key of a cluster, and its mean's exp(q.c)."""
+    layer = build("clusters", n, rank=rank, steps=steps)
+    q, k, _ = draw(layer)
+    mask = padding(2, n, seed=n) if masked else None
+    wanted = cluster_entries(layer.low_rank, q, k, mask)
+    if mask is not None:
+        wanted = wanted.masked_fill(~mask[:, None, None], 0)
+    torch.testing.assert_close(
+        layer.low_rank.dense(q, k, mask) * (mask[:, None, None] if mask is not None else 1), wanted, rtol=1e-4, atol=0
+    )
+
+
+def test_lloyd_steps_bring_the_centres_closer_to_the_keys() -> None:
+    k = torch.randn(2, 2, 400, 8) + 3 * torch.randn(2, 2, 400, 1).sign()
+    found = [inertia(k, Clusters(Geometry(400, 2, 8), 0, 20, steps).centres(k, None)) for steps in (0, 1, 2, 5)]
+    assert found[0] > found[1] > found[2] > found[3]
+    assert found[1] < 0.8 * found[0]
+
+
+def test_starting_centres_stride_over_the_real_keys() -> None:
+    """Keys of one corner only would be found if the first or the last `rank` keys were taken."""
+    k = torch.arange(100.0).expand(1, 1, -1)[..., None]
+    part = Clusters(Geometry(100, 1, 1), 0, 4, 0)
+    assert part.centres(k, None).flatten().tolist() == [12, 37, 62, 87]
+    mask = torch.zeros(1, 100, dtype=torch.bool)
+    mask[0, 60:] = True
+    assert part.centres(k, mask).flatten().tolist() == [65, 75, 85, 95]
+
+
+@pytest.mark.parametrize("steps", [0, 2])
+def test_no_cluster_weighs_more_than_its_keys(steps: int) -> None:
+    """Jensen: exp of the mean is below the mean of exp. Covered keys can then be taken off without a sign change."""
+    layer = build("clusters", 120, rank=10, steps=steps)
+    q, k, _ = draw(layer)
+    entries, exact = layer.low_rank.dense(q, k, None), (q.double() @ k.double().mT).exp()
+    cluster = cluster_of(k, 10, steps)
+    loose = 0
+    for c in range(10):
+        of_c = (cluster == c)[:, :, None, :]
+        low, full = (entries * of_c).sum(-1), (exact * of_c).sum(-1)
+        assert (low <= full * (1 + 1e-9)).all()
+        loose += (low < 0.9 * full).sum().item()
+    assert loose > 1000  # far from equality: the bound is a statement
+
+
+@pytest.mark.parametrize("sparse", ["", "window+"])
+def test_a_cluster_for_every_key_is_exact_attention(sparse: str) -> None:
+    layer = build(f"{sparse}clusters", 60, rank=60)
+    q, k, v = draw(layer)
+    torch.testing.assert_close(
+        layer(q, k, v, scale=1.0).double(), exact_matrix(q, k, 1.0) @ v.double(), rtol=1e-4, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_one_fused_call_equals_the_summary(masked: bool) -> None:
+    """Without a sparse part the layer takes another way through the same clusters."""
+    layer = build("clusters", 130)
+    q, k, v = draw(layer)
+    mask = padding(2, 130) if masked else None
+    summary = layer.low_rank.summarise(q, k, v, mask)
+    fused = layer.low_rank.attend(q, k, v, mask)
+    torch.testing.assert_close(fused, summary.numerator / summary.denominator, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["clusters", "window+clusters"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_a_batch_changes_nothing(method: str, side: str) -> None:
+    """The strided start counts real keys only, so 70 real keys cluster alike in any batch."""
+    q, k, v = torch.randn(3, 1, 2, 70, 8)
+    alone = build(method, 70)(q, k, v)
+    pad = (0, 0, 40, 0) if side == "left" else (0, 0, 0, 40)
+    q, k, v = (torch.nn.functional.pad(x, pad, value=2.0) for x in (q, k, v))
+    real = slice(40, None) if side == "left" else slice(70)
+    mask = torch.zeros(1, 110, dtype=torch.bool)
+    mask[:, real] = True
+    torch.testing.assert_close(build(method, 110)(q, k, v, mask)[:, :, real], alone, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("window", [64, 100])
+@pytest.mark.parametrize("rank", [1, 3, 40])
+def test_causal_queries_read_only_the_chunks_before_their_own(rank: int, window: int) -> None:
+    """Off the window, a key weighs in exactly where its whole chunk of 64 is past; its own chunk the window holds."""
+    n = 200
+    layer = build("window+clusters", n, causal=True, rank=rank, window=window)
+    q, k, _ = draw(layer)
+    rows = probe(layer, q, k)
+    i, j = torch.arange(n)[:, None], torch.arange(n)[None, :]
+    read = (j <= i) & ((j > i - window) | (j // 64 < i // 64))
+    assert torch.equal(rows > 0, read.expand_as(rows))
+    assert torch.equal(read, j <= i)  # which is all of the past
+
+
+@pytest.mark.parametrize("first", [63, 64, 65, 128, 150])
+def test_causal_clusters_do_not_see_the_future(first: int) -> None:
+    layer = build("window+clusters", 200, causal=True, rank=12, window=64)
+    q, k, v = draw(layer)
+    before = layer(q, k, v)
+    k[:, :, first:], v[:, :, first:] = torch.randn(8), torch.randn(8)
+    torch.testing.assert_close(layer(q, k, v)[:, :, :first], before[:, :, :first], rtol=0, atol=1e-6)
+    assert not torch.allclose(layer(q, k, v)[:, :, first:], before[:, :, first:], atol=1e-2)
+
+
+def test_a_covered_key_leaves_its_cluster() -> None:
+    """Two clusters, one key of the first covered: the others of its cluster keep their weight, it has its own."""
+    k = torch.cat((torch.randn(1, 1, 8, 4) * 0.3 + 1, torch.randn(1, 1, 8, 4) * 0.3 - 1), dim=2)
+    q = torch.randn(1, 1, 16, 4)
+    layer = build("window+clusters", 16, heads=1, d=4, window=1, rank=2, steps=2)
+    rows = probe(layer, q, k).double()
+    logits = q.double() @ k.double().mT
+    for i in range(16):
+        for first in (0, 8):
+            others = [j for j in range(first, first + 8) if j != i]
+            wanted = (q[0, 0, i].double() @ k[0, 0, first : first + 8].double().mean(0) - logits[0, 0, i, i]).exp()
+            torch.testing.assert_close(
+                rows[0, 0, i, others] / rows[0, 0, i, i], wanted.expand(len(others)), rtol=1e-4, atol=0
+            )
+
+
+@given(stored=st.floats(0, 300))
+def test_sized_never_stores_more_than_asked(stored: float) -> None:
+    parameters = Clusters.sized(stored, Geometry(100, 1, 4))
+    assert (parameters is None) == (stored < 2)
+    if parameters is not None:
+        assert stored - 1 < Clusters(Geometry(100, 1, 4), 0, **parameters).stored <= stored
