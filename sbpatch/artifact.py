@@ -61,6 +61,8 @@ def save(directory: Path, checkpoint: Checkpoint, plan: Plan) -> None:
         (fresh / PLAN_FILE).write_text(plan.to_json(), encoding="utf-8")
         (fresh / "README.md").write_text(model_card(plan), encoding="utf-8")
         plot_plan(plan, fresh / "report.png")
+        for tensors in fresh.glob("*.safetensors"):
+            tensors.chmod(0o644)  # safetensors makes them readable by their owner alone
 
 
 def copy(directory: Path, target: Path) -> None:

@@ -26,7 +26,9 @@ from .recipe import SiteSetting
 from .sites import Call, Site, find_sites, swapped
 
 MIN_TOKENS = 256  # below this, exact attention is one small fused call that no patch beats
-SCREENED = 8  # samples that every candidate is measured on; the chosen ones are measured on all
+SCREENED = 8  # samples that candidates are measured on, the first 2 for all of them; the chosen ones see every sample
+FIRST_LOOK = 2
+PROMISING = 1.25  # times the lowest error at no higher cost: what the first look must not exceed
 MATRIX_SAMPLES = 4  # samples for the matrix error, which costs as much as exact attention in eager mode
 LEVELS = tuple(2 ** (i / 3) for i in range(-5, 13))  # site budgets tried, from a third to 16 times the budget
 SHARES = (0.25, 0.5, 0.75)  # of a site's budget for the low-rank part, beside 0, 1 and the entropy's
@@ -106,6 +108,7 @@ def calibrate(
         raise SbpatchError(f"nothing to patch among {len(plan.sites)} attention sites ({reasons})")
 
     screen = _first_samples(batches, SCREENED)
+    look, rest = _first_samples(batches, FIRST_LOOK), _after(screen, FIRST_LOOK)
     _measure_entropy(model, plan, screen, progress)
     device = batches[0].device
     candidates: dict[str, list[Candidate]] = {}
@@ -117,7 +120,10 @@ def calibrate(
             else:
                 layer = Scatterbrain(setting.method, site.geometry, _site_seed(seed, i), **setting.parameters)
                 candidates[site.name] = [Candidate(layer.to(device))]
-    _measure_errors(model, candidates, screen, progress, "trying splits")
+    _measure_errors(model, candidates, look, progress, "trying splits")
+    entries = {site.name: site for site in plan.patched}
+    candidates = {name: _promising(tried, entries[name]) for name, tried in candidates.items()}
+    _measure_errors(model, candidates, rest, progress, "comparing the best")
     chosen = _allocate(plan, candidates)
     for i, site in enumerate(plan.sites):
         if site.name in chosen:
@@ -158,6 +164,16 @@ def _first_samples(batches: Sequence[Tensor], count: int) -> list[Tensor]:
             break
         out.append(batch[: count - taken])
         taken += len(out[-1])
+    return out
+
+
+def _after(batches: Sequence[Tensor], count: int) -> list[Tensor]:
+    """What `_first_samples` of `count` leaves over."""
+    out = []
+    for batch in batches:
+        if len(batch) > count:
+            out.append(batch[count:])
+        count = max(count - len(batch), 0)
     return out
 
 
@@ -306,6 +322,17 @@ def _candidates(site: SitePlan, plan: Plan, index: int, method: str, device: tor
             "with: raise --budget or exclude the site"
         )
     return list(tried.values())
+
+
+def _promising(tried: list[Candidate], site: SitePlan) -> list[Candidate]:
+    """Candidates whose error is near the lowest of all that cost no more."""
+    best: float = math.inf
+    kept = []
+    for candidate in sorted(tried, key=lambda c: (c.cost(site), c.error)):
+        best = min(best, candidate.error)
+        if candidate.error <= PROMISING * best:
+            kept.append(candidate)
+    return kept
 
 
 def _layer(

@@ -1,21 +1,11 @@
-"""Sample batches and evaluation sets: a name or path -> images and labels.
-
-Decoding is lazy: an ImageSet knows its files, labels and order, and reads an image when it is asked for. Every image is
-converted to RGB as it is stored; an EXIF rotation is not applied, as in the evaluation of the models it is meant for.
-"""
+"""Sample batches and evaluation sets: a name or path -> images and labels."""
 
 from __future__ import annotations
 
 import difflib
-import hashlib
 import os
-import struct
-import tarfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import partial
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -25,81 +15,21 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 from PIL import Image
-from scipy.io.matlab import MatReadError, loadmat  # scipy comes with scikit-learn
 from sklearn.datasets import load_digits, load_sample_images
 from sklearn.model_selection import train_test_split
-from timm.data.imagenet_info import ImageNetInfo
-from torch import Tensor
-from torch.utils.data import Dataset
-from torchvision.datasets.folder import IMG_EXTENSIONS, ImageFolder
+from torchvision.datasets.folder import ImageFolder
 
-from .errors import SbpatchError
-from .models import Preprocessing, hub_or_cache, one_line
+from .errors import SbpatchError, one_line
+from .imagenet import imagenet_val
+from .images import ImageSet, Item, batches, decode, file_item, strided
+from .models import Preprocessing
+from .weights import hub_or_cache
+
+__all__ = ["ImageSet", "batches", "digits_split", "open_images", "sample_images"]
 
 NAMES = ("demo", "imagenet-val", "cifar10", "sklearn-photos")
 CIFAR10 = "uoft-cs/cifar10"
 IMAGE_COLUMNS, LABEL_COLUMNS = ("image", "img"), ("label", "labels", "fine_label")
-VAL_TAR, DEVKIT = "ILSVRC2012_img_val.tar", "ILSVRC2012_devkit_t12"
-TRUTH, META = "ILSVRC2012_validation_ground_truth.txt", "meta.mat"
-CHECKED = 5000  # images that `check` decodes at most: about ten seconds
-# What Pillow raises for a file that is not an image, a broken one, or one far too large.
-IMAGE_ERRORS = (OSError, SyntaxError, ValueError, TypeError, EOFError, struct.error, Image.DecompressionBombError)
-
-
-@dataclass(frozen=True)
-class Item:
-    """One image: where it is (for error lines), what it is (for the fingerprint), its label (-1: none), how to open it."""
-
-    where: str
-    identity: str
-    label: int
-    open: Callable[[], Image.Image]
-
-
-class ImageSet(Dataset[tuple[Tensor, int]]):
-    """Images and labels behind one preprocessing; `images[i]` is (a float32 tensor (3, H, W), the label).
-
-    `classes` is how many classes the labels count over, None where there are no labels. Indexing raises SbpatchError for
-    a file that cannot be read.
-    """
-
-    def __init__(self, name: str, items: Sequence[Item], preprocessing: Preprocessing, classes: int | None) -> None:
-        self.name, self.items, self.classes = name, items, classes
-        self._transform = preprocessing.transform()
-
-    def __len__(self) -> int:
-        return len(self.items)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        item = self.items[index]
-        try:
-            image = item.open().convert("RGB")
-        except IMAGE_ERRORS as error:
-            raise SbpatchError(
-                f"{item.where} cannot be read as an image ({one_line(error)}): remove or replace it"
-            ) from None
-        return self._transform(image), item.label
-
-    def fingerprint(self) -> str:
-        """SHA-256 over the names, sizes and labels of the images in their order; their folder does not count."""
-        lines = (f"{item.identity} {item.label}\n" for item in self.items)
-        return hashlib.sha256("".join(lines).encode()).hexdigest()
-
-    def check(self) -> None:
-        """Decode the images, at most 5,000 spread evenly, so that a bad file stops a run before it has begun.
-
-        Raises:
-            SbpatchError: some cannot be read; the line names the first one and says how many.
-        """
-        items = _strided(self.items, CHECKED)
-        with _pool() as pool:
-            bad = [(item, problem) for item, problem in zip(items, pool.map(_problem, items), strict=True) if problem]
-        if bad:
-            item, problem = bad[0]
-            raise SbpatchError(
-                f"{self.name}: {len(bad)} of {len(items)} images cannot be read, the first is {item.where} ({problem}): "
-                "remove or replace them"
-            )
 
 
 def open_images(
@@ -141,7 +71,7 @@ def open_images(
     if source == "demo":
         items, classes = _digits(split), 10
     elif source == "imagenet-val":
-        items, classes = _imagenet([data_dir, os.environ.get("IMAGENET_DIR")]), 1000
+        items, classes = imagenet_val([data_dir, os.environ.get("IMAGENET_DIR")]), 1000
     elif source == "cifar10" and data_dir is not None:
         items, classes = _parquet(_cifar10_files(Path(data_dir), split))
     elif source == "sklearn-photos":
@@ -162,7 +92,7 @@ def open_images(
         raise SbpatchError(f"unknown image data '{source}': {hint}")
     if not items:
         raise SbpatchError(f"{source}: no images in it")
-    return ImageSet(source, _strided(items, limit or len(items)), preprocessing, classes)
+    return ImageSet(source, strided(items, limit or len(items)), preprocessing, classes)
 
 
 def sample_images(
@@ -187,17 +117,6 @@ def sample_images(
     return ImageSet(source, [images.items[i] for i in order.tolist()], preprocessing, images.classes)
 
 
-def batches(images: ImageSet, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """All images in order, as (B, 3, H, W) float32 and labels (B,) int64; the last batch may be smaller.
-
-    A batch is decoded by several threads, but only when it is asked for, so that nothing runs beside a timed model.
-    """
-    with _pool() as pool:
-        for start in range(0, len(images), batch_size):
-            pairs = list(pool.map(images.__getitem__, range(start, min(start + batch_size, len(images)))))
-            yield torch.stack([image for image, _ in pairs]), torch.tensor([label for _, label in pairs])
-
-
 def digits_split(split: str) -> tuple[np.ndarray, np.ndarray]:
     """Scikit-learn's handwritten digits, 8 x 8 values from 0 to 16, in a fixed split: 1,437 'train' and 360 'test'.
 
@@ -207,32 +126,6 @@ def digits_split(split: str) -> tuple[np.ndarray, np.ndarray]:
     train, test = train_test_split(np.arange(len(digits.target)), test_size=0.2, random_state=0, stratify=digits.target)
     index = np.sort(train if split == "train" else test)
     return digits.images[index], digits.target[index]
-
-
-def _pool() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(max_workers=min(16, os.cpu_count() or 1))
-
-
-def _strided(items: Sequence[Item], count: int) -> Sequence[Item]:
-    """At most `count` of the items, spread evenly: sets are often sorted by class."""
-    count = min(count, len(items))
-    return [items[i * len(items) // count] for i in range(count)]
-
-
-def _problem(item: Item) -> str | None:
-    try:
-        image = item.open()
-        image.draft(
-            "RGB", (image.width // 8, image.height // 8)
-        )  # JPEG: every byte is still read, at a tenth of the time
-        image.load()
-    except IMAGE_ERRORS as error:
-        return one_line(error)
-    return None
-
-
-def _decode(data: bytes | None) -> Image.Image:
-    return Image.open(BytesIO(data or b""))
 
 
 def _digits(split: str) -> list[Item]:
@@ -281,97 +174,7 @@ def _class_folders(root: Path, split: str) -> tuple[list[Item], int]:
         raise SbpatchError(
             f"{root}: only one class folder, '{folder.classes[0]}': give the folder that holds the classes"
         )
-    return [_file_item(Path(file), root, label) for file, label in folder.samples], len(folder.classes)
-
-
-def _file_item(path: Path, root: Path, label: int) -> Item:
-    return Item(
-        str(path), f"{path.relative_to(root).as_posix()} {path.stat().st_size}", label, partial(Image.open, path)
-    )
-
-
-def _imagenet(roots: Sequence[Path | str | None]) -> list[Item]:
-    """The validation images in the first of the places that has some, whichever of the accepted forms they have."""
-    places = [Path(root).expanduser() for root in roots if root]
-    index = {wnid: i for i, wnid in enumerate(ImageNetInfo().label_names())}
-    for place in places:
-        for folder in (place, place / "val", place / "ILSVRC2012_img_val"):
-            if not folder.is_dir():
-                continue
-            wnids = sorted(d.name for d in folder.iterdir() if d.is_dir() and d.name in index)
-            if wnids:
-                files = (f for w in wnids for f in sorted((folder / w).iterdir()) if f.suffix.lower() in IMG_EXTENSIONS)
-                return [_file_item(f, folder, index[f.parent.name]) for f in files]
-            flat = sorted(folder.glob("ILSVRC2012_val_*.JPEG"))
-            if flat:
-                labels = _imagenet_labels(place, index)
-                return [_file_item(f, folder, _label(f.name, labels, place)) for f in flat]
-        if (place / VAL_TAR).is_file():
-            return _imagenet_tar(place / VAL_TAR, _imagenet_labels(place, index))
-    if not places:
-        raise SbpatchError("imagenet-val: say where it is with --data-dir DIR or $IMAGENET_DIR")
-    raise SbpatchError(
-        f"imagenet-val: neither class folders n01440764/, ILSVRC2012_val_*.JPEG nor {VAL_TAR} in "
-        f"{' or '.join(map(str, places))} or val/ under it"
-    )
-
-
-def _imagenet_tar(path: Path, labels: Mapping[str, int]) -> list[Item]:
-    def read(offset: int, size: int) -> Image.Image:
-        with path.open("rb") as file:
-            file.seek(offset)
-            return _decode(file.read(size))
-
-    try:
-        with tarfile.open(path) as archive:
-            members = sorted((m for m in archive if m.isfile()), key=lambda m: m.name)
-    except (tarfile.TarError, OSError, EOFError) as error:
-        raise SbpatchError(f"{path} is damaged or not a tar file ({one_line(error)}): get it again") from None
-    return [
-        Item(f"{path}:{m.name}", f"{Path(m.name).name} {m.size}", label, partial(read, m.offset_data, m.size))
-        for m in members
-        for label in (_label(Path(m.name).name, labels, path.parent),)
-    ]
-
-
-def _label(name: str, labels: Mapping[str, int], place: Path) -> int:
-    if name not in labels:
-        raise SbpatchError(f"imagenet-val: the labels in {place} do not cover {name}")
-    return labels[name]
-
-
-def _imagenet_labels(place: Path, index: Mapping[str, int]) -> dict[str, int]:
-    """File name -> class, from val.txt or the devkit; its ids from 1 follow their own order, which meta.mat translates."""
-    try:
-        if (place / "val.txt").is_file():
-            rows = (line.split() for line in (place / "val.txt").read_text().splitlines() if line.strip())
-            return {Path(name).name: int(label) for name, label in rows}
-        truth, meta = _devkit_file(place, TRUTH), _devkit_file(place, META)
-        if truth is None:
-            raise SbpatchError(f"imagenet-val: no labels in {place}: put val.txt or {DEVKIT}.tar.gz beside the images")
-        if meta is None:
-            raise SbpatchError(
-                f"imagenet-val: {TRUTH} in {place} cannot be read without the devkit's {META}: put it beside it"
-            )
-        synsets = loadmat(BytesIO(meta), squeeze_me=True)["synsets"]
-        classes = {int(s["ILSVRC2012_ID"]): index[str(s["WNID"])] for s in synsets if str(s["WNID"]) in index}
-        ids = [int(line) for line in truth.split()]
-        return {f"ILSVRC2012_val_{i:08d}.JPEG": classes[number] for i, number in enumerate(ids, start=1)}
-    except (OSError, EOFError, ValueError, TypeError, LookupError, tarfile.TarError, MatReadError) as error:
-        raise SbpatchError(
-            f"imagenet-val: the labels in {place} are not in the official form ({one_line(error)})"
-        ) from None
-
-
-def _devkit_file(place: Path, name: str) -> bytes | None:
-    for folder in (place, place / "data", place / DEVKIT / "data"):
-        if (folder / name).is_file():
-            return (folder / name).read_bytes()
-    if (place / f"{DEVKIT}.tar.gz").is_file():
-        with tarfile.open(place / f"{DEVKIT}.tar.gz") as archive:
-            member = archive.extractfile(f"{DEVKIT}/data/{name}")
-            return member.read() if member else None
-    return None
+    return [file_item(Path(file), root, label) for file, label in folder.samples], len(folder.classes)
 
 
 def _cifar10_files(folder: Path, split: str) -> list[Path]:
@@ -432,4 +235,4 @@ def _table(name: str, table: pa.Table) -> tuple[list[Item], int]:
 
 
 def _cell(column: Any, row: int) -> Image.Image:
-    return _decode(column[row].as_py())
+    return decode(column[row].as_py())

@@ -6,3 +6,9 @@ class SbpatchError(Exception):
 
     The command line prints the line and exits with code 1; library callers catch this type.
     """
+
+
+def one_line(error: BaseException) -> str:
+    """What an exception says, as a part of one line."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else text[:297] + "..."

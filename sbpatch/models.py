@@ -7,62 +7,25 @@ the file is used and every tensor of the model is filled, or there is an error t
 from __future__ import annotations
 
 import difflib
-import hashlib
-import http.client
 import json
-import os
-import pickle
-import re
-import socket
-import ssl
-import struct
-import urllib.error
-import urllib.request
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
 import timm
-import torch
 from huggingface_hub import constants as hub
 from PIL.Image import Image
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from timm.data.config import resolve_data_config
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.data.transforms_factory import create_transform
 from torch import Tensor, nn
 
-from .errors import SbpatchError
+from .errors import SbpatchError, one_line
 from .t2t_vit import PATCH, T2TViT, t2t_vit_from_state_dict
+from .weights import LOAD_ERRORS, RELEASES, file_sha256, hub_or_cache, read_tensors, released, tensors_sha256
 
 DEMO = "t2t-vit-demo"
-RELEASE_URL = "https://github.com/yitu-opensource/T2T-ViT/releases/download/main"
-CONNECT_SECONDS = 5  # how long a server may be silent before it counts as out of reach
-# What timm raises for weights that do not fit and files it cannot get, and the readers under torch.load for damage.
-LOAD_ERRORS = (
-    *(RuntimeError, OSError, EOFError, ValueError, TypeError, LookupError, AttributeError, AssertionError),
-    *(SafetensorError, pickle.UnpicklingError, struct.error),
-)
-
-
-@dataclass(frozen=True)
-class Release:
-    """One official softmax T2T-ViT file. `sha256` is None where none is published: then the first download's holds."""
-
-    file: str
-    width: int
-    depth: int
-    sha256: str | None = None
-
-
-RELEASES = {
-    "t2t-vit-14": Release("81.7_T2T_ViTt_14.pth.tar", width=384, depth=14),
-    "t2t-vit-19": Release("82.4_T2T_ViTt_19.pth.tar", width=448, depth=19),
-    "t2t-vit-24": Release("82.6_T2T_ViTt_24.pth.tar", width=512, depth=24),
-}
 
 
 @dataclass(frozen=True)
@@ -152,7 +115,7 @@ def load_checkpoint(name: str, checkpoint: Path | None = None, input_size: int |
         raise SbpatchError(f"an input size of {input_size} px: it must be positive")
     if name in RELEASES:
         release = RELEASES[name]
-        found = _load_t2t_file(name, checkpoint or _released(name, release), input_size)
+        found = _load_t2t_file(name, checkpoint or released(name, release), input_size)
         width, depth = found.config["width"], found.config["depth"]
         if (width, depth) != (release.width, release.depth):
             raise SbpatchError(
@@ -202,122 +165,13 @@ def build(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> nn.Module:
     return rebuilt.float().eval()
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Read the tensors of a .safetensors file or of a PyTorch checkpoint (.pth, .pth.tar, .pt, .bin), on the CPU.
-
-    The wrappers that training scripts leave are taken off: the dicts `state_dict_ema`, `state_dict` and `model`, and
-    the prefix `module.` on the names. No code in a pickle is run.
-
-    Raises:
-        SbpatchError: the file is missing or damaged, needs code to be run, or holds something else than tensors.
-    """
-    if not path.is_file():
-        raise SbpatchError(f"no such weights file: {path}")
-    safe = path.suffix == ".safetensors"
-    try:
-        loaded = load_file(path) if safe else torch.load(path, map_location="cpu", weights_only=True)
-    except LOAD_ERRORS as error:
-        wanted = re.search(r"GLOBAL ([\w.]+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
-        if wanted:
-            raise SbpatchError(
-                f"{path} is a pickle that wants to run {wanted[1]}, which is refused: save its tensors as safetensors"
-            ) from None
-        reason = "the pickle is broken" if isinstance(error, pickle.UnpicklingError) else one_line(error)
-        raise SbpatchError(f"{path} is damaged or not a weights file ({reason}): get it again") from None
-    for wrapper in ("state_dict_ema", "state_dict", "model"):
-        if isinstance(loaded, Mapping) and isinstance(loaded.get(wrapper), Mapping):
-            loaded = loaded[wrapper]
-            break
-    if not isinstance(loaded, Mapping) or not loaded or not all(isinstance(t, Tensor) for t in loaded.values()):
-        raise SbpatchError(
-            f"{path} holds no state dict: expected named tensors, alone or under state_dict_ema, state_dict or model"
-        )
-    return {str(key).removeprefix("module."): tensor for key, tensor in loaded.items()}
-
-
-def tensors_sha256(state: Mapping[str, Tensor]) -> str:
-    """SHA-256 over the names, types, shapes and values of a state dict, in the order of the names."""
-    digest = hashlib.sha256()
-    for name in sorted(state):
-        tensor = state[name].detach().cpu().contiguous()
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-@contextmanager
-def hub_or_cache() -> Iterator[None]:
-    """Inside, Hugging Face code uses its cache alone if the hub does not answer; by itself it retries for a minute."""
-    before = hub.HF_HUB_OFFLINE
-    hub.HF_HUB_OFFLINE = before or not _answers(hub.ENDPOINT)
-    try:
-        yield
-    finally:
-        hub.HF_HUB_OFFLINE = before
-
-
-def _answers(url: str) -> bool:
-    try:
-        urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=CONNECT_SECONDS).close()
-    except urllib.error.HTTPError:
-        return True  # a refusal is an answer
-    except (OSError, http.client.HTTPException) as error:
-        # So is a certificate that Python does not know: the hub's own client may.
-        return isinstance(getattr(error, "reason", None), ssl.SSLError)
-    return True
-
-
-def one_line(error: BaseException) -> str:
-    """What an exception says, as a part of one line."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 300 else text[:297] + "..."
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _released(alias: str, release: Release) -> Path:
-    """The file of an alias in the cache, downloaded if it is not there, its SHA-256 checked."""
-    path = Path(os.environ.get("SBPATCH_CACHE") or "~/.cache/sbpatch").expanduser() / release.file
-    record = path.with_name(path.name + ".sha256")
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    timeout = socket.getdefaulttimeout()
-    try:
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            socket.setdefaulttimeout(CONNECT_SECONDS)  # torch's downloader has no timeout of its own
-            torch.hub.download_url_to_file(f"{RELEASE_URL}/{release.file}", str(partial))
-            read_tensors(partial)  # a connection that closed early leaves a short file and no error
-            partial.replace(path)
-        found = _sha256(path)
-        if not record.exists():
-            record.write_text(found + "\n")
-        expected = release.sha256 or record.read_text().strip()
-    except (OSError, http.client.HTTPException, SbpatchError) as error:
-        raise SbpatchError(
-            f"{alias}: no {release.file} in {path.parent}, and none from {RELEASE_URL} ({one_line(error)}): "
-            "download it elsewhere and pass --checkpoint FILE"
-        ) from None
-    finally:
-        socket.setdefaulttimeout(timeout)
-        with suppress(OSError):  # mostly: it was never made
-            partial.unlink()
-    if found != expected:
-        raise SbpatchError(
-            f"{path} is not what it was: SHA-256 {found}, not {expected}; delete it to download it again"
-        )
-    return path
-
-
 def _load_t2t_file(name: str, path: Path, input_size: int | None) -> Checkpoint:
     state = read_tensors(path)
     try:
         model = t2t_vit_from_state_dict(state)
     except SbpatchError as error:
         raise SbpatchError(f"{path}: {error}; a timm model's file goes with its name: NAME --checkpoint FILE") from None
-    return _t2t_checkpoint(name, model, Preprocessing().resized(model.config.input_size), _sha256(path), input_size)
+    return _t2t_checkpoint(name, model, Preprocessing().resized(model.config.input_size), file_sha256(path), input_size)
 
 
 def _t2t_checkpoint(
@@ -344,10 +198,12 @@ def _load_directory(name: str, folder: Path, input_size: int | None) -> Checkpoi
         if config["architecture"] == "t2t-vit":
             model = cast(T2TViT, build(config, state))
             preprocessing = Preprocessing.from_dict(_pretrained_cfg(config))
-            return _t2t_checkpoint(name, model, preprocessing, _sha256(weights), input_size)
+            return _t2t_checkpoint(name, model, preprocessing, file_sha256(weights), input_size)
         if input_size is None:
-            return _timm_checkpoint(name, build(config, state), config.get("model_args", {}), _sha256(weights), None)
-        return _timm_from_tensors(name, config, state, _sha256(weights), input_size)
+            return _timm_checkpoint(
+                name, build(config, state), config.get("model_args", {}), file_sha256(weights), None
+            )
+        return _timm_from_tensors(name, config, state, file_sha256(weights), input_size)
     except SbpatchError as error:
         raise SbpatchError(f"{folder}: {error}") from None
 
@@ -362,7 +218,7 @@ def _load_timm(name: str, checkpoint: Path | None, input_size: int | None) -> Ch
     if checkpoint is not None:
         config = {"architecture": name.partition(".")[0], "pretrained_cfg": cfg.to_dict() if cfg else {}}
         try:
-            return _timm_from_tensors(name, config, read_tensors(checkpoint), _sha256(checkpoint), input_size)
+            return _timm_from_tensors(name, config, read_tensors(checkpoint), file_sha256(checkpoint), input_size)
         except SbpatchError as error:
             raise SbpatchError(f"{checkpoint}: {error}") from None
     if cfg is None or not cfg.has_weights:

@@ -9,7 +9,8 @@ from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
-from rich.console import Group, RenderableType
+from rich.box import SIMPLE_HEAD
+from rich.console import Group, JustifyMethod, RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -20,80 +21,81 @@ BLUE, ORANGE, GREEN, GREY = "#2b6cb0", "#dd7a2b", "#3a8f5c", "#9aa5b1"
 COLUMNS_EXPLAINED = (
     "entropy: mean over query rows of -sum p ln p, as a share of its largest value ln n (1: diffuse, 0: one key) · "
     "exact: keys computed exactly per query · rank: clusters or features beside them · budget: entries stored / n · "
-    "output error: ||O' - O|| / ||O|| of the site's output, mean over samples and heads"
+    "error: ||O' - O|| / ||O|| of the site's output, mean over samples and heads"
 )
 
 
+def _table(title: str, **columns: JustifyMethod) -> Table:
+    """A table whose first column folds where the terminal is narrow; figures are never cut."""
+    table = Table(title=title, title_justify="left", header_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for i, (name, justify) in enumerate(columns.items()):
+        table.add_column(name.strip("_").replace("_", " "), justify=justify, overflow="fold", no_wrap=i > 0)
+    return table
+
+
 def plan_table(plan: Plan) -> RenderableType:
-    """The plan, one row a group of like sites, with what the columns mean below it."""
-    table = Table(title=f"plan for {plan.model or 'model'}", title_justify="left", header_style="bold")
-    for name, justify in (
-        ("site", "left"), ("tokens", "right"), ("heads", "right"), ("entropy", "right"), ("decision", "left"),
-        ("method", "left"), ("exact", "right"), ("rank", "right"), ("budget", "right"), ("output error", "right"),
-    ):  # fmt: skip
-        table.add_column(name, justify=justify, overflow="fold")  # type: ignore[arg-type]
+    """The plan, one row a patched site and one a run of like exact sites; reasons and the columns' meaning below."""
+    table = _table(
+        f"plan for {plan.model or 'the model'}", site="left", n="right", heads="right", entropy="right", method="left",
+        exact="right", rank="right", budget="right", error="right",
+    )  # fmt: skip
+    notes = []
     for site, count in _grouped(plan.sites):
+        label = site.name + (f" and {count - 1} like it" if count > 1 else "")
+        method = site.method if site.decision == "patch" else Text(site.decision, style="dim")
         table.add_row(
-            site.name + (f" (and {count - 1} more like it)" if count > 1 else ""),
-            str(site.tokens),
-            str(site.heads),
-            _number(site.entropy_ratio, ".2f"),
-            Text(site.decision, style="green" if site.decision == "patch" else "dim"),
-            site.method or site.reason,
-            _number(site.nnz, ".1f"),
-            _number(site.rank, "d"),
-            _number(site.budget, ".4f"),
-            _number(site.output_error, ".4f"),
+            label, str(site.tokens), str(site.heads), _number(site.entropy_ratio, ".2f"), method,
+            _number(site.nnz, ".1f"), _number(site.rank, "d"), _number(site.budget, ".4f"), _number(site.output_error, ".4f"),
+        )  # fmt: skip
+        notes.append(Text(f"{label}: {site.reason}"))
+    notes.append(
+        Text(
+            f"stored: {plan.budget.used:.4f} of the patched sites' entries (asked for {plan.budget.requested:g}), "
+            f"{plan.budget.model:.4f} of the whole model's"
         )
-    lines = [
-        f"budget: {plan.budget.used:.4f} of the entries over the patched sites (asked for {plan.budget.requested:g}), "
-        f"{plan.budget.model:.4f} over the whole model"
-    ]
+    )
     if plan.agreement is not None:
-        lines.append(
-            f"agreement with the exact model on the {plan.data.get('samples', '?')} samples: {plan.agreement:.1f} %"
+        samples = plan.data.get("samples", "?")
+        notes.append(
+            Text(f"agreement with the exact model on the {samples} calibration samples: {plan.agreement:.1f} %")
         )
-    return Group(table, *lines, Text(COLUMNS_EXPLAINED, style="dim"))
+    return Group(table, *notes, Text(COLUMNS_EXPLAINED, style="dim"))
 
 
 def sites_table(plan: Plan) -> RenderableType:
     """What inspect shows: the sites as they were found."""
-    table = Table(title=f"attention of {plan.model}", title_justify="left", header_style="bold")
-    for name in ("site", "class", "tokens", "heads", "head dim", "causal", "grid", "decision", "reason"):
-        table.add_column(name, justify="right" if name in ("tokens", "heads", "head dim") else "left", overflow="fold")
+    table = _table(
+        f"attention of {plan.model}", site="left", class_="left", n="right", heads="right", head_dim="right",
+        causal="left", grid="left", decision="left",
+    )  # fmt: skip
     for site in plan.sites:
         grid = "" if site.grid is None else f"{site.prefix} + {site.grid[0]}x{site.grid[1]}"
         shape = (str(site.tokens), str(site.heads), str(site.head_dim))
-        causal = "yes" if site.causal else "no"
-        table.add_row(site.name, site.class_name, *shape, causal, grid, site.decision, site.reason)
-    return table
+        table.add_row(site.name, site.class_name, *shape, "yes" if site.causal else "no", grid, site.decision)
+    reasons = dict.fromkeys(f"{s.decision}: {s.reason}" for s in plan.sites if s.decision != "patch")
+    return Group(table, *(Text(reason) for reason in reasons))
 
 
 def eval_table(result: Mapping[str, Any]) -> RenderableType:
     """Eager, SDPA and patched side by side, time and memory also as ratios to SDPA."""
-    table = Table(title=f"{result['model']} on {result['dataset']}", title_justify="left", header_style="bold")
-    for name in ("variant", "top-1 %", "top-5 %", "agreement %", "ms / batch", "speed vs SDPA", "samples / s"):
-        table.add_column(name, justify="left" if name == "variant" else "right")
-    for name in ("peak memory", "vs SDPA", "attention stored / sample"):
-        table.add_column(name, justify="right")
+    title = f"{result['model']} on {result['dataset']}"
+    table = _table(
+        title, variant="left", top1="right", top5="right", agree="right", ms="right", speed="right", samples="right",
+        peak="right", of_SDPA="right", stored="right",
+    )  # fmt: skip
     base = result["variants"]["sdpa"]
     for variant, v in result["variants"].items():
         table.add_row(
-            variant,
-            _number(v.get("top1"), ".2f"),
-            _number(v.get("top5"), ".2f"),
-            _number(v.get("agreement"), ".2f"),
-            f"{v['latency_ms']:.1f}",
-            f"{base['latency_ms'] / v['latency_ms']:.2f}x",
-            f"{v['samples_per_second']:.1f}",
-            _bytes(v["peak_memory_bytes"]),
-            f"{v['peak_memory_bytes'] / base['peak_memory_bytes']:.2f}x",
-            _bytes(v["attention_memory_bytes"]),
-            style="bold" if variant == "patched" else None,
-        )
+            variant, *(_number(v.get(key), ".2f") for key in ("top1", "top5", "agreement")),
+            f"{v['latency_ms']:.1f}", f"{base['latency_ms'] / v['latency_ms']:.2f}x", f"{v['samples_per_second']:.1f}",
+            _bytes(v["peak_memory_bytes"]), f"{v['peak_memory_bytes'] / base['peak_memory_bytes']:.2f}x",
+            _bytes(v["attention_memory_bytes"]), style="bold" if variant == "patched" else None,
+        )  # fmt: skip
     setting = (
-        f"{result['samples']} samples in batches of {result['batch_size']}, {result['device']}, {result['dtype']}, "
-        f"torch {result['versions']['torch']}; time: median over batches; peak: PyTorch's allocations for one batch, weights apart"
+        f"{result['samples']} samples in batches of {result['batch_size']}; {result['device']}, {result['dtype']}, torch "
+        f"{result['versions']['torch']}. top1, top5, agree (top-1 as the exact model's): percent · ms: median of a batch · samples: a second · "
+        "speed: against SDPA · peak: what PyTorch allocates for one batch beside the weights · stored: by the attention of all "
+        "sites for one sample, by the budget's accounting"
     )
     return Group(table, Text(setting, style="dim"))
 

@@ -19,7 +19,7 @@ from scipy.io import savemat
 from sklearn.datasets import load_digits
 from timm.data.imagenet_info import ImageNetInfo
 
-from sbpatch import models
+from sbpatch import weights
 from sbpatch.data import batches, digits_split, open_images, sample_images
 from sbpatch.errors import SbpatchError
 from sbpatch.models import Preprocessing
@@ -32,7 +32,7 @@ WNIDS = ImageNetInfo().label_names()
 
 @pytest.fixture(autouse=True)
 def offline(monkeypatch, tmp_path):
-    monkeypatch.setattr(models, "_answers", lambda url: False)
+    monkeypatch.setattr(weights, "_answers", lambda url: False)
     monkeypatch.setattr(hub, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.delenv("IMAGENET_DIR", raising=False)
 

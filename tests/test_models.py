@@ -19,11 +19,12 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from sbpatch import models
+from sbpatch import weights
 from sbpatch.data import batches, open_images
 from sbpatch.errors import SbpatchError
-from sbpatch.models import DEMO, Preprocessing, Release, build, load_checkpoint, read_tensors, tensors_sha256
+from sbpatch.models import DEMO, Preprocessing, build, load_checkpoint
 from sbpatch.t2t_vit import T2TViT, T2TViTConfig
+from sbpatch.weights import Release, read_tensors, tensors_sha256
 
 pytestmark = pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 ROOT = Path(__file__).parents[1]
@@ -57,8 +58,8 @@ def refused(*args, **kwargs) -> str:
 @pytest.fixture(autouse=True)
 def offline(monkeypatch, tmp_path):
     """No test reaches the network or the user's caches."""
-    monkeypatch.setattr(models, "_answers", lambda url: False)
-    monkeypatch.setattr(models, "RELEASE_URL", "http://127.0.0.1:9")
+    monkeypatch.setattr(weights, "_answers", lambda url: False)
+    monkeypatch.setattr(weights, "RELEASE_URL", "http://127.0.0.1:9")
     monkeypatch.setattr(hub, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setenv("SBPATCH_CACHE", str(tmp_path / "cache"))
 
@@ -223,25 +224,25 @@ def test_alias_with_a_checkpoint_of_another_size(t2t_file):
 
 
 def test_alias_downloads_once_and_watches_the_hash(t2t, t2t_file, tmp_path, monkeypatch):
-    monkeypatch.setitem(models.RELEASES, "t2t-vit-14", Release("tiny.pth.tar", width=64, depth=2))
-    monkeypatch.setattr(models, "RELEASE_URL", t2t_file.parent.as_uri())
+    monkeypatch.setitem(weights.RELEASES, "t2t-vit-14", Release("tiny.pth.tar", width=64, depth=2))
+    monkeypatch.setattr(weights, "RELEASE_URL", t2t_file.parent.as_uri())
     first = load_checkpoint("t2t-vit-14")
     cached = tmp_path / "cache/tiny.pth.tar"
     assert sorted(p.name for p in cached.parent.iterdir()) == ["tiny.pth.tar", "tiny.pth.tar.sha256"]
     assert (tmp_path / "cache/tiny.pth.tar.sha256").read_text().strip() == first.sha256
-    monkeypatch.setattr(models, "RELEASE_URL", "http://127.0.0.1:9")
+    monkeypatch.setattr(weights, "RELEASE_URL", "http://127.0.0.1:9")
     assert load_checkpoint("t2t-vit-14").sha256 == first.sha256
     torch.save(t2t.state_dict(), cached)  # readable, but another file
     assert "not what it was: SHA-256" in refused("t2t-vit-14")
     torch.save({"state_dict_ema": t2t.state_dict()}, cached)
-    monkeypatch.setitem(models.RELEASES, "t2t-vit-14", Release("tiny.pth.tar", 64, 2, sha256="0" * 64))
+    monkeypatch.setitem(weights.RELEASES, "t2t-vit-14", Release("tiny.pth.tar", 64, 2, sha256="0" * 64))
     assert "0" * 64 in refused("t2t-vit-14")  # a published hash wins over the recorded one
 
 
 def test_short_download_is_not_kept(t2t_file, tmp_path, monkeypatch):
     t2t_file.write_bytes(t2t_file.read_bytes()[:5000])
-    monkeypatch.setitem(models.RELEASES, "t2t-vit-14", Release("tiny.pth.tar", width=64, depth=2))
-    monkeypatch.setattr(models, "RELEASE_URL", t2t_file.parent.as_uri())
+    monkeypatch.setitem(weights.RELEASES, "t2t-vit-14", Release("tiny.pth.tar", width=64, depth=2))
+    monkeypatch.setattr(weights, "RELEASE_URL", t2t_file.parent.as_uri())
     assert "damaged" in refused("t2t-vit-14")
     assert list((tmp_path / "cache").iterdir()) == []
 

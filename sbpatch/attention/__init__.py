@@ -3,7 +3,7 @@
 Importing this package fills the registry; a new method is one file here, imported below (see docs/adding-a-method.md).
 """
 
-from . import clusters, favor, lsh, window
+from . import clusters, favor, lsh, top_clusters, window
 from .registry import PARTS, Geometry, parse_method, register
 from .scatterbrain import Scatterbrain
 

@@ -34,7 +34,9 @@ ANY_LENGTH = [m for m in METHODS if "window2d" not in m]  # window2d is tied to 
 CASES = [(m, False) for m in METHODS] + [(m, True) for m in CAUSAL_METHODS]
 
 
-def build(method: str, n: int, *, heads: int = 2, d: int = 8, causal: bool = False, seed: int = 0, **change: int) -> Any:
+def build(
+    method: str, n: int, *, heads: int = 2, d: int = 8, causal: bool = False, seed: int = 0, **change: int
+) -> Any:
     """A layer with the small parameters above; `n` is ignored by window2d, whose tokens are GRID after PREFIX."""
     parameters = PARAMETERS[method] | change
     if causal and method.endswith("clusters"):  # a causal query must see its own chunk through the window

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sbpatch.attention import Geometry
@@ -19,6 +19,7 @@ def inertia(k: torch.Tensor, centre: torch.Tensor) -> float:
     return torch.cdist(k.double(), centre.double()).amin(-1).square().sum().item()
 
 
+@settings(max_examples=40)
 @given(n=st.integers(1, 200), rank=st.integers(1, 60), steps=st.integers(0, 3), masked=st.booleans())
 def test_counts_sum_to_the_real_keys(n: int, rank: int, steps: int, masked: bool) -> None:
     """Seen through a query of zero: every cluster weighs its count, so the output is the mean of the real values."""
@@ -32,6 +33,7 @@ def test_counts_sum_to_the_real_keys(n: int, rank: int, steps: int, masked: bool
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
 
 
+@settings(max_examples=30)
 @given(n=st.integers(2, 150), rank=st.integers(1, 40), steps=st.integers(0, 3), masked=st.booleans())
 def test_the_clusters_are_lloyds(n: int, rank: int, steps: int, masked: bool) -> None:
     """Against the loop in helpers.py: A' is the same for every key of a cluster, and its mean's exp(q.c)."""

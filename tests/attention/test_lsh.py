@@ -14,9 +14,13 @@ from sbpatch.attention.lsh import Lsh
 from .helpers import lsh_pairs, padding
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(
-    n=st.integers(1, 120), bucket=st.integers(1, 140), rounds=st.integers(1, 4), masked=st.booleans(), causal=st.booleans()
+    n=st.integers(1, 120),
+    bucket=st.integers(1, 140),
+    rounds=st.integers(1, 4),
+    masked=st.booleans(),
+    causal=st.booleans(),
 )
 def test_pairs_are_the_plain_definition(n: int, bucket: int, rounds: int, masked: bool, causal: bool) -> None:
     """The union over the rounds by loops over sorted tokens; the tiles hold every pair of it exactly once."""

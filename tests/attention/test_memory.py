@@ -9,7 +9,6 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from sbpatch.attention import Geometry, Scatterbrain
-from sbpatch.attention.clusters import Clusters
 
 N, D = 16_384, 64
 ENTRIES = N * N  # 268 million: 268 MB as booleans, 1 GB as float32
@@ -95,8 +94,3 @@ def test_nor_is_one_made_for_gradients(method: str) -> None:
     peak, largest = measured(method, N, causal=False, backward=True)
     assert largest < ENTRIES / 4
     assert peak < 2 * ENTRIES  # a fraction of the four bytes that one n x n float32 would take, with all that is kept
-
-
-def test_the_causal_chunk_does_not_depend_on_n() -> None:
-    """Causal clusters hold (n, m) weights; a chunk that grew with n would be quadratic, only later."""
-    assert Clusters.CAUSAL_CHUNK == 64
