@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import timm
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from torch import Tensor
 
 from . import __version__
@@ -38,23 +38,29 @@ class SitePlan(BaseModel):
 
     name: str
     class_name: str = Field(alias="class")
-    tokens: int
-    heads: int
-    head_dim: int
+    tokens: int = Field(ge=1)
+    heads: int = Field(ge=1)
+    head_dim: int = Field(ge=1)
     causal: bool = False
     grid: tuple[int, int] | None = None
-    prefix: int = 0
+    prefix: int = Field(default=0, ge=0)
     entropy: list[float] | None = None  # nats, one a head
     entropy_ratio: float | None = None  # mean over heads, divided by ln n
     decision: Decision
     reason: str
     method: str | None = None
-    seed: int | None = None
+    seed: int | None = Field(default=None, ge=0, lt=2**63)
     rank: int | None = None
     nnz: float | None = None
     budget: float | None = None
     matrix_error: float | None = None
     output_error: float | None = None
+
+    @model_validator(mode="after")
+    def _grid_holds_the_tokens(self) -> SitePlan:
+        if self.grid is not None and (min(self.grid) < 1 or self.tokens != self.prefix + self.grid[0] * self.grid[1]):
+            raise ValueError(f"{self.tokens} tokens are not {self.prefix} + {self.grid[0]} x {self.grid[1]}")
+        return self
 
     @classmethod
     def of(cls, site: Site, decision: Decision, reason: str) -> SitePlan:

@@ -93,9 +93,9 @@ def eval_table(result: Mapping[str, Any]) -> RenderableType:
         )  # fmt: skip
     setting = (
         f"{result['samples']} samples in batches of {result['batch_size']}; {result['device']}, {result['dtype']}, torch "
-        f"{result['versions']['torch']}. top1, top5, agree (top-1 as the exact model's): percent · ms: median of a batch · samples: a second · "
-        "speed: against SDPA · peak: what PyTorch allocates for one batch beside the weights · stored: by the attention of all "
-        "sites for one sample, by the budget's accounting"
+        f"{result['versions']['torch']}. top1, top5, agree (top-1 as the exact model's): percent · ms: median of a batch · "
+        "samples: a second · speed: against SDPA · peak: PyTorch's allocations for one batch, weights apart · "
+        "stored: by the attention of all sites for one sample, by the budget's accounting"
     )
     return Group(table, Text(setting, style="dim"))
 

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from .attention import Geometry
+from .attention import Geometry, Scatterbrain
 from .errors import SbpatchError
 
 SDPA = F.scaled_dot_product_attention
@@ -83,8 +83,10 @@ def find_sites(model: nn.Module, example: Tensor) -> list[Site]:
     """Run `model(example)` once and list its attention sites in the order they are reached.
 
     Raises:
-        SbpatchError: the model calls no scaled_dot_product_attention, so that there is nothing to patch.
+        SbpatchError: the model calls no scaled_dot_product_attention, so that there is nothing to patch; or it is patched.
     """
+    if any(hasattr(module, "sbpatch_original") for module in model.modules()):
+        raise SbpatchError(f"{type(model).__name__} is patched already; call unpatch first")
     names = {module: name for name, module in model.named_modules()}
     inside: list[nn.Module] = []
     calls: dict[nn.Module, list[Call]] = {}
@@ -155,7 +157,7 @@ def _patched_class(cls: Any) -> type[nn.Module]:
 class PatchedSite(nn.Module):
     """What a patched site computes: checks that the call is the one it was calibrated for, then runs the layer."""
 
-    def __init__(self, name: str, layer: nn.Module) -> None:
+    def __init__(self, name: str, layer: Scatterbrain) -> None:
         super().__init__()
         self.name, self.layer = name, layer
 
@@ -170,7 +172,18 @@ class PatchedSite(nn.Module):
                 f"site '{self.name}' was calibrated for self-attention without mask, dropout or grouped heads, and "
                 "is now called with one; leave it exact (--exclude) or calibrate on such inputs"
             )
-        return self.layer(call.query, call.key, call.value, scale=call.scale)
+        site, (heads, head_dim) = self.layer.site, (call.query.shape[-3], call.query.shape[-1])
+        if (heads, head_dim) != (site.heads, site.head_dim):
+            raise SbpatchError(
+                f"site '{self.name}' was calibrated with {site.heads} heads of width {site.head_dim} and is now called with "
+                f"{heads} of width {head_dim}: the plan was made for another model"
+            )
+        device = call.query.device.type
+        if not torch.is_autocast_enabled(device):
+            return self.layer(call.query, call.key, call.value, scale=call.scale)
+        kind = torch.get_autocast_dtype(device)  # inputs as autocast gives them to PyTorch's attention, sums in float32
+        with torch.autocast(device, enabled=False):
+            return self.layer(call.query.to(kind), call.key.to(kind), call.value.to(kind), scale=call.scale)
 
 
 def swap(model: nn.Module, replacements: Mapping[str, Callable[[Call], Tensor]]) -> None:

@@ -48,7 +48,7 @@ class T2TViTConfig:
         """
 
         def shape(key: str, dims: int) -> tuple[int, ...]:
-            if key not in state or state[key].ndim != dims:
+            if key not in state or state[key].ndim != dims or not state[key].numel():
                 raise SbpatchError(
                     f"not a softmax T2T-ViT checkpoint: no {dims}-D tensor '{key}' in it "
                     "(the Performer variants 81.5_T2T_ViT_14 and the like are other models)"
@@ -60,10 +60,10 @@ class T2TViTConfig:
         hidden, _ = shape("blocks.0.mlp.fc1.weight", 2)
         classes, _ = shape("head.weight", 2)
         tokens = shape("pos_embed", 3)[1] - 1
-        depth = 1 + max(int(k.split(".")[1]) for k in state if k.startswith("blocks."))
+        depth = len({key.split(".")[1] for key in state if key.startswith("blocks.")})
         if width % HEAD_DIM:
             raise SbpatchError(f"T2T-ViT checkpoint of width {width}: the width must be a multiple of {HEAD_DIM}")
-        if math.isqrt(tokens) ** 2 != tokens:
+        if not tokens or math.isqrt(tokens) ** 2 != tokens:
             raise SbpatchError(f"T2T-ViT checkpoint with a position table of {tokens} patches: not a square image")
         return cls(
             width=width,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
@@ -16,7 +14,6 @@ torch.set_num_threads(2)
 
 
 @pytest.fixture(autouse=True)
-def _fixed_seed() -> Iterator[None]:
+def _fixed_seed() -> None:
     """Tests draw from the global generator; none sees what another one drew."""
     torch.manual_seed(0)
-    yield

@@ -1,8 +1,10 @@
-"""Small models with random weights, and what a refusal must look like."""
+"""Small models with random weights, plans for them, and what a refusal must look like."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +12,11 @@ import timm
 import torch
 from torch import nn
 
+from sbpatch.attention import Scatterbrain
 from sbpatch.errors import SbpatchError
+from sbpatch.models import Checkpoint, load_checkpoint
+from sbpatch.plan import Budget, Plan, SitePlan, drawn_tensors
+from sbpatch.sites import find_sites
 from sbpatch.t2t_vit import T2TViT, T2TViTConfig
 
 
@@ -39,3 +45,34 @@ def refused(work: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
     assert "\n" not in text
     assert len(text) < 700
     return text
+
+
+PARAMETERS: dict[str, dict[str, int]] = {
+    "window+clusters": {"window": 5, "rank": 7},
+    "window2d+favor": {"window": 3, "rank": 6},
+    "lsh": {"bucket": 9, "rounds": 2},
+    "clusters": {"rank": 12, "steps": 1},
+}
+
+
+def plan_for(model: nn.Module, method: str = "window2d+favor", *, seed: int = 0, pixels: int = 64) -> Plan:
+    """Every site of `model` patched by `method`, with figures such as calibration leaves."""
+    plan = Plan(model="tiny", seed=seed, input_size=[3, pixels, pixels], budget=Budget(requested=0.2), sites=[])
+    for i, site in enumerate(find_sites(model, torch.zeros(1, 3, pixels, pixels))):
+        entry = SitePlan.of(site, "patch", f"reason {i}")
+        entry.use(Scatterbrain(method, site.geometry, seed + i, **PARAMETERS[method]), seed + i)
+        entry.entropy = [(1 - 0.1 * i) * math.log(entry.tokens)] * entry.heads
+        entry.entropy_ratio, entry.matrix_error, entry.output_error = 1 - 0.1 * i, 0.1234 + i / 100, 0.0567 + i / 100
+        plan.sites.append(entry)
+    plan.settle_budget()
+    plan.agreement, plan.data = 87.5, {"source": "demo", "samples": 8, "fingerprint": "f" * 64}
+    layers = plan.layers()
+    plan.tensors = {f"{n}.{k}": t.clone() for n, layer in layers.items() for k, t in drawn_tensors(layer).items()}
+    return plan
+
+
+def checkpoint_of(model: T2TViT, folder: Path) -> Checkpoint:
+    """The model as `load_checkpoint` gives it."""
+    path = folder / "tiny-t2t.pth"
+    torch.save(model.state_dict(), path)
+    return load_checkpoint(str(path))

@@ -3,7 +3,22 @@
 Importing this package fills the registry; a new method is one file here, imported below (see docs/adding-a-method.md).
 """
 
-from . import clusters, favor, lsh, top_clusters, window
+from . import (
+    bigbird,
+    clusters,
+    favor,
+    favor_variants,
+    linear,
+    longformer,
+    lsh,
+    pooling,
+    random_keys,
+    sinks,
+    strided,
+    top_blocks,
+    top_clusters,
+    window,
+)
 from .registry import PARTS, Geometry, parse_method, register
 from .scatterbrain import Scatterbrain
 

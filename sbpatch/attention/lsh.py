@@ -19,7 +19,8 @@ class Lsh(nn.Module):
 
     Queries and keys are lifted so that distance orders pairs by q.k,
         F(q) = [q, 0, sqrt(M - |q|^2)],  G(k) = [k, sqrt(M - |k|^2), 0],  M = max|q|^2 + max|k|^2,
-    projected on a random line per round, sorted, and cut into equal clusters.
+    projected on a random line per round, sorted, and cut into equal clusters. On a causal site no query reads a later key,
+    but later keys take part in the sorting and so in which earlier keys a query meets.
     """
 
     kind: ClassVar[Literal["sparse"]] = "sparse"

@@ -28,16 +28,21 @@ def scatterbrain_matrix(
 ) -> Tensor:
     """A' of `layer`: exp(q.k) on the support and L elsewhere (eq. 1), rows normalised; (B, H, n, n) float64.
 
+    A naive sum keeps L on the support too; a whole method gives its own matrix.
+
     The unnormalised entries are formed as they stand, so the logits must be moderate (below some hundreds).
     """
     half = scale**0.5
     q, k = q * half, k * half
+    if layer.low_rank is not None and layer.low_rank.kind == "whole":
+        return layer.low_rank.dense(q, k, key_mask)
     pairs = allowed_pairs(k.shape[-2], layer.site.causal, key_mask, q.device)
     entries = torch.zeros(*q.shape[:2], *pairs.shape[-2:], dtype=torch.float64, device=q.device)
     if layer.low_rank is not None:
         entries = layer.low_rank.dense(q, k, key_mask)
     if layer.support is not None:
         support = layer.support.dense(q, k, key_mask)
-        entries = torch.where(support, (q.double() @ k.double().mT).exp(), entries)
+        exact = (q.double() @ k.double().mT).exp()
+        entries = torch.where(support, exact + entries if layer.naive else exact, entries)
     entries = entries.masked_fill(~pairs, 0)
     return entries / entries.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)

@@ -2,6 +2,8 @@
 
 A method is a sparse part, a low-rank part, or both joined by '+': `window`, `clusters`, `lsh+favor`. A part is one class
 in one file, registered under its name; `sbpatch.attention.scatterbrain` composes any two of them by the paper's algebra.
+`naive:lsh+favor` adds the two without taking L off the support, the paper's baseline. A method that is no sum of such
+parts is registered as a whole and stands alone. docs/adding-a-method.md shows all it takes to add one.
 """
 
 from __future__ import annotations
@@ -87,7 +89,26 @@ class LowRank(Protocol):
         """L by its plain definition, (B, H, n, n) float64, not normalised. For tests and analysis."""
 
 
-PARTS: dict[str, Any] = {}  # name -> class that satisfies Support or LowRank
+class Whole(Protocol):
+    """A method that normalises its matrix itself, so that nothing can be added to it. Implementations are `nn.Module`s."""
+
+    kind: ClassVar[Literal["whole"]]
+    rank: int
+    stored: float  # entries per query row
+
+    @classmethod
+    def sized(cls, stored: float, site: Geometry) -> dict[str, int] | None: ...
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Tensor:
+        """The output, (B, H, n, e)."""
+
+    def dense(self, q: Tensor, k: Tensor, key_mask: Tensor | None) -> Tensor:
+        """The attention matrix as it multiplies the values, (B, H, n, n) float64. For tests and analysis."""
+
+
+PARTS: dict[str, Any] = {}  # name -> class that satisfies Support, LowRank or Whole
+ALIASES = {"mra2": "top-blocks+pooling"}  # methods of the literature that are two of these parts
+NAIVE = "naive:"
 Part = TypeVar("Part", bound=type[nn.Module])
 
 
@@ -104,26 +125,31 @@ def register(name: str) -> Callable[[Part], Part]:
 
 
 def parse_method(method: str) -> tuple[str | None, str | None]:
-    """Split a method name into its (sparse, low-rank) part names, either of them None.
+    """Split a method name into its (sparse, low-rank) part names, either of them None; a whole method counts as low-rank.
 
     Raises:
-        SbpatchError: an unknown part (near matches are named), or two parts of one kind.
+        SbpatchError: an unknown part (near matches are named), two parts of one kind, or a whole method with another part.
     """
     sparse: str | None = None
     low_rank: str | None = None
-    for name in method.split("+"):
+    bare = method.removeprefix(NAIVE)
+    names = ALIASES.get(bare, bare).split("+")
+    for name in names:
         if name not in PARTS:
-            near = difflib.get_close_matches(name, PARTS, n=2)
-            hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(sorted(PARTS))}"
+            near = difflib.get_close_matches(name, [*PARTS, *ALIASES], n=2)
+            hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(sorted([*PARTS, *ALIASES]))}"
             raise SbpatchError(
                 f"unknown attention method '{name}' in '{method}'; {hint} (join a sparse and a low-rank one by '+')"
             )
-        if PARTS[name].kind == "sparse" and sparse is None:
+        kind = PARTS[name].kind
+        if kind == "whole" and len(names) > 1:
+            raise SbpatchError(f"'{name}' is a method of its own and joins no other part, as '{method}' would have it")
+        if kind == "sparse" and sparse is None:
             sparse = name
-        elif PARTS[name].kind == "low-rank" and low_rank is None:
+        elif kind != "sparse" and low_rank is None:
             low_rank = name
         else:
-            raise SbpatchError(
-                f"method '{method}' has two {PARTS[name].kind} parts; join one sparse and one low-rank part"
-            )
+            raise SbpatchError(f"method '{method}' has two {kind} parts; join one sparse and one low-rank part")
+    if method.startswith(NAIVE) and (sparse is None or low_rank is None):
+        raise SbpatchError(f"'{method}' has one part; {NAIVE} adds a sparse and a low-rank part joined by '+'")
     return sparse, low_rank

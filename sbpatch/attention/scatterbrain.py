@@ -8,6 +8,7 @@ is taken off L's own sums; the two are merged in logarithmic scale like two bloc
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -15,9 +16,12 @@ from torch import Tensor, nn
 
 from ..errors import SbpatchError
 from .clusters import Clusters
-from .registry import PARTS, Geometry, Summary, Tiles, parse_method
-from .tiles import restore, take
+from .registry import NAIVE, PARTS, Geometry, Summary, Tiles, parse_method
+from .sinks import Sinks
+from .tiles import restore, split_groups, take
 from .window import Window
+
+TILE_ENTRIES = 1 << 17  # pairs of one sample and head that are worked on at once
 
 
 class Scatterbrain(nn.Module):
@@ -33,16 +37,17 @@ class Scatterbrain(nn.Module):
         super().__init__()
         sparse, low_rank = parse_method(method)
         self.method, self.site, self.parameters_used = method, site, dict(parameters)
+        self.naive = method.startswith(NAIVE)  # the paper's baseline: L + exp(q.k) on the support, counted twice there
         self.support = self._part(sparse, site, seed, parameters)
         self.low_rank = self._part(low_rank, site, seed + 1, parameters)
         if parameters:
             raise SbpatchError(f"method '{method}' takes no parameter '{', '.join(sorted(parameters))}'")
         if site.causal and isinstance(self.low_rank, Clusters):
-            reach = self.support.window if isinstance(self.support, Window) else 0
-            if reach < Clusters.CAUSAL_CHUNK:
+            reach = self.support.window if isinstance(self.support, (Window, Sinks)) else 0
+            if reach < self.low_rank.CAUSAL_CHUNK:
                 raise SbpatchError(
-                    f"causal clusters summarise whole chunks of {Clusters.CAUSAL_CHUNK} keys, so the sparse part must be a "
-                    f"window of at least that many, not {reach}"
+                    f"causal {low_rank} summarise whole chunks of {self.low_rank.CAUSAL_CHUNK} keys, so the sparse part must "
+                    f"be a window of at least that many, not {reach}"
                 )
 
     @staticmethod
@@ -50,8 +55,11 @@ class Scatterbrain(nn.Module):
         if name is None:
             return None
         part = PARTS[name]
-        accepted = part.__init__.__code__.co_varnames[: part.__init__.__code__.co_argcount]
-        return part(site, seed, **{key: parameters.pop(key) for key in list(parameters) if key in accepted})
+        accepted = list(inspect.signature(part).parameters.values())[2:]  # after site and seed
+        missing = [p.name for p in accepted if p.default is p.empty and p.name not in parameters]
+        if missing:
+            raise SbpatchError(f"method part '{name}' needs a value for {', '.join(missing)}")
+        return part(site, seed, **{p.name: parameters.pop(p.name) for p in accepted if p.name in parameters})
 
     @property
     def nnz(self) -> float:
@@ -76,12 +84,15 @@ class Scatterbrain(nn.Module):
         """
         half = (q.shape[-1] ** -0.5 if scale is None else scale) ** 0.5
         q, k = q * half, k * half  # from here on the logits are q.k
+        if self.low_rank is not None and self.low_rank.kind == "whole":
+            return self.low_rank(q, k, v, key_mask)
         if self.support is None and isinstance(self.low_rank, Clusters):
             return self.low_rank.attend(q, k, v, key_mask)
         summary = self.low_rank.summarise(q, k, v, key_mask) if self.low_rank is not None else None
-        exact, covered = self._sparse(q, k, v, key_mask, summary)
+        exact, covered = self._sparse(q, k, v, key_mask, None if self.naive else summary)
         if summary is not None:
-            exact = _merge(exact, _remainder(summary, covered)) if exact is not None else _plain(summary)
+            low = _plain(summary) if covered is None else _remainder(summary, covered)
+            exact = low if exact is None else _merge(exact, low)
         assert exact is not None
         _, numerator, denominator = exact
         return (numerator / denominator.masked_fill(denominator == 0, 1)).to(v.dtype)
@@ -106,19 +117,31 @@ class Scatterbrain(nn.Module):
         if self.support is None:
             return None, None
         for tiles in self.support.rounds(q, k, key_mask):
-            valid = self._allowed(tiles, key_mask)
-            values = take(v, tiles.key).float()  # (B, H, G, bk, e)
-            logits = take(q, tiles.query).float() @ take(k, tiles.key).float().mT  # (B, H, G, bq, bk)
-            logits = logits.masked_fill(~valid, -torch.inf)
-            shift = logits.amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).min)
-            weight = (logits - shift).exp()
-            found = tuple(restore(x, tiles.slot) for x in (shift, weight @ values, weight.sum(-1, keepdim=True)))
-            exact = found if exact is None else _merge(exact, found)  # type: ignore[assignment,arg-type]
-            if summary is not None:
-                low = summary.entries(tiles).masked_fill(~valid, 0)
-                held = (restore(low @ values.to(low.dtype), tiles.slot), restore(low.sum(-1, keepdim=True), tiles.slot))
-                covered = held if covered is None else (covered[0] + held[0], covered[1] + held[1])
+            parts = [self._tile_sums(part, q, k, v, key_mask, summary) for part in split_groups(tiles, TILE_ENTRIES)]
+            shift, numerator, denominator, *low = (
+                restore(torch.cat(x, 2), tiles.slot) for x in zip(*parts, strict=True)
+            )
+            found = (shift, numerator, denominator)
+            exact = found if exact is None else _merge(exact, found)
+            if low:
+                covered = (low[0], low[1]) if covered is None else (covered[0] + low[0], covered[1] + low[1])
         return exact, covered
+
+    def _tile_sums(
+        self, tiles: Tiles, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, summary: Summary | None
+    ) -> list[Tensor]:
+        """Over the pairs of each tile row: shift, sums of exp(q.k) v and exp(q.k); then of L v and L, where there is an L."""
+        valid = self._allowed(tiles, key_mask)
+        values = take(v, tiles.key).float()  # (B, H, G, bk, e)
+        logits = take(q, tiles.query).float() @ take(k, tiles.key).float().mT  # (B, H, G, bq, bk)
+        logits = logits.masked_fill(~valid, -torch.inf)
+        shift = logits.amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).min)
+        weight = (logits - shift).exp()
+        sums = [shift, weight @ values, weight.sum(-1, keepdim=True)]
+        if summary is not None:
+            low = summary.entries(tiles).masked_fill(~valid, 0)
+            sums += [low @ values.to(low.dtype), low.sum(-1, keepdim=True)]
+        return sums
 
 
 def _merge(a: tuple[Tensor, Tensor, Tensor], b: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
@@ -132,9 +155,8 @@ def _plain(summary: Summary) -> tuple[Tensor, Tensor, Tensor]:
     return summary.shift, summary.numerator, summary.denominator
 
 
-def _remainder(summary: Summary, covered: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
+def _remainder(summary: Summary, covered: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     """L over the pairs outside the support. Below the rounding of the sum it came from, it is zero: there all is covered."""
-    assert covered is not None
     rounding = 1e-12 if summary.denominator.dtype == torch.float64 else 1e-6
     denominator = summary.denominator - covered[1]
     gone = denominator <= rounding * summary.denominator

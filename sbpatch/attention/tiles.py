@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
+
+from .registry import Tiles
 
 
 def take(x: Tensor, index: Tensor) -> Tensor:
@@ -15,6 +19,14 @@ def take(x: Tensor, index: Tensor) -> Tensor:
         flat = index.flatten(2)[..., None].expand(-1, -1, -1, x.shape[-1])
         rows = x.gather(2, flat)
     return rows.unflatten(2, (groups, size))
+
+
+def split_groups(tiles: Tiles, entries: int) -> Iterator[Tiles]:
+    """The groups of a round in runs of at most `entries` pairs (one group at least); slots stay those of the whole."""
+    size = max(1, entries // (tiles.query.shape[-1] * tiles.key.shape[-1]))
+    runs = (tiles.query.split(size, -2), tiles.key.split(size, -2), tiles.valid.split(size, -3))
+    for query, key, valid in zip(*runs, strict=True):
+        yield Tiles(query, key, valid, tiles.slot)
 
 
 def restore(x: Tensor, slot: Tensor) -> Tensor:

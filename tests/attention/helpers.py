@@ -51,7 +51,7 @@ def draw(layer: Scatterbrain, *, batch: int = 2, width: int | None = None) -> tu
     """Fresh standard normal q, k and v that fit the layer."""
     site = layer.site
     shape = (batch, site.heads, site.tokens, site.head_dim)
-    values = shape[:3] + (width or site.head_dim,)
+    values = (*shape[:3], width or site.head_dim)
     return torch.randn(shape), torch.randn(shape), torch.randn(values)
 
 

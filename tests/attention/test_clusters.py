@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from sbpatch.attention import Geometry
 from sbpatch.attention.clusters import Clusters
+from sbpatch.attention.kmeans import lloyd
 from sbpatch.attention.reference import exact_matrix
 
 from .helpers import build, cluster_entries, cluster_of, draw, padding, probe
@@ -50,7 +51,7 @@ def test_the_clusters_are_lloyds(n: int, rank: int, steps: int, masked: bool) ->
 
 def test_lloyd_steps_bring_the_centres_closer_to_the_keys() -> None:
     k = torch.randn(2, 2, 400, 8) + 3 * torch.randn(2, 2, 400, 1).sign()
-    found = [inertia(k, Clusters(Geometry(400, 2, 8), 0, 20, steps).centres(k, None)) for steps in (0, 1, 2, 5)]
+    found = [inertia(k, lloyd(k, None, 20, steps)) for steps in (0, 1, 2, 5)]
     assert found[0] > found[1] > found[2] > found[3]
     assert found[1] < 0.8 * found[0]
 
@@ -58,11 +59,10 @@ def test_lloyd_steps_bring_the_centres_closer_to_the_keys() -> None:
 def test_starting_centres_stride_over_the_real_keys() -> None:
     """Keys of one corner only would be found if the first or the last `rank` keys were taken."""
     k = torch.arange(100.0).expand(1, 1, -1)[..., None]
-    part = Clusters(Geometry(100, 1, 1), 0, 4, 0)
-    assert part.centres(k, None).flatten().tolist() == [12, 37, 62, 87]
+    assert lloyd(k, None, 4, 0).flatten().tolist() == [12, 37, 62, 87]
     mask = torch.zeros(1, 100, dtype=torch.bool)
     mask[0, 60:] = True
-    assert part.centres(k, mask).flatten().tolist() == [65, 75, 85, 95]
+    assert lloyd(k, mask, 4, 0).flatten().tolist() == [65, 75, 85, 95]
 
 
 @pytest.mark.parametrize("steps", [0, 2])

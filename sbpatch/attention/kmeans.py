@@ -1,0 +1,86 @@
+"""k-means over keys: static shapes, the same bits on every run, no (n, m) tensor beyond a chunk of keys."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+CHUNK = 1024  # keys scored at once
+SAMPLE = 16  # keys a centre that the Lloyd steps look at; the final assignment looks at all
+
+
+def nearest(k: Tensor, centre: Tensor) -> tuple[Tensor, Tensor]:
+    """Nearest centre of each key and the squared distance to it: k (B, H, n, d), centre (B, H, m, d) -> two (B, H, n).
+
+    By |k - c|^2 = |k|^2 - 2 (k.c - |c|^2 / 2): the largest score is the nearest.
+    """
+    bias = centre.square().sum(-1).flatten(0, 1)[:, None, :]  # (B * H, 1, m)
+    index, distance = [], []
+    for keys in k.split(CHUNK, 2):
+        score = torch.baddbmm(bias, keys.flatten(0, 1), centre.flatten(0, 1).mT, beta=-0.5)
+        best, where = score.unflatten(0, k.shape[:2]).max(-1)
+        index.append(where)
+        distance.append(keys.square().sum(-1) - 2 * best)
+    return torch.cat(index, -1), torch.cat(distance, -1)
+
+
+def counts(index: Tensor, m: int, keep: Tensor) -> Tensor:
+    """Members of each cluster, (B, H, m, 1) float32; `keep` (B, 1, n) is 1 for real keys. Whole numbers: exact in any order."""
+    empty = torch.zeros(*index.shape[:2], m, device=index.device)
+    return empty.scatter_add(-1, index, keep.expand(-1, index.shape[1], -1))[..., None]
+
+
+def sums(rows: Tensor, index: Tensor, m: int, keep: Tensor | None) -> Tensor:
+    """Sum of the rows (B, H, n, e) of each cluster: (B, H, m, e).
+
+    On a CPU rows are added in their order. On a GPU that would be a race, so there it is a product with the one-hot matrix.
+    """
+    if keep is not None:
+        rows = rows * keep[..., None]
+    batch, heads, _, e = rows.shape
+    if not rows.is_cuda:
+        offset = torch.arange(batch * heads, device=rows.device).view(batch, heads, 1) * m
+        out = rows.new_zeros(batch * heads * m, e).index_add(0, (index + offset).flatten(), rows.reshape(-1, e))
+        return out.view(batch, heads, m, e)
+    total = rows.new_zeros(batch, heads, m, e)
+    for part, where in zip(rows.split(CHUNK, 2), index.split(CHUNK, 2), strict=True):
+        one_hot = rows.new_zeros(*where.shape, m).scatter(-1, where[..., None], 1.0)
+        total = total + one_hot.mT @ part
+    return total
+
+
+def strided(k: Tensor, key_mask: Tensor | None, count: int) -> Tensor:
+    """`count` keys at even strides over those that are not padding, (B, H, count, d); zeros where all is padding."""
+    n, odd = k.shape[-2], 2 * torch.arange(count, device=k.device) + 1
+    if key_mask is None:
+        return k.index_select(2, odd * n // (2 * count))
+    seen = key_mask.cumsum(-1)  # (B, n)
+    wanted = odd * seen[:, -1:] // (2 * count) + 1  # the t-th real token
+    index = torch.searchsorted(seen, wanted).clamp(max=n - 1)  # (B, count)
+    chosen = k.gather(2, index[:, None, :, None].expand(-1, k.shape[1], -1, k.shape[-1]))
+    return chosen.masked_fill(~key_mask.any(-1)[:, None, None, None], 0)
+
+
+def lloyd(k: Tensor, key_mask: Tensor | None, m: int, steps: int) -> Tensor:
+    """Centres (B, H, m, d) of the keys (B, H, n, d) after `steps` Lloyd steps from strided starts.
+
+    The steps see at most `SAMPLE` keys a centre, at even strides: centres need no more, and it makes them cheap. A cluster
+    that ran empty moves to one of the keys farthest from their centres. In images many keys are alike (a plain
+    background), strided starts repeat them, and without this most of the rank would be spent on nothing.
+    """
+    n = k.shape[-2]
+    seen = min(n, SAMPLE * m)
+    start = strided(k, key_mask, m)
+    if seen < n:
+        k, key_mask = strided(k, key_mask, seen), None if key_mask is None else key_mask.any(-1, keepdim=True)
+    keep = k.new_ones(k.shape[0], 1, seen) if key_mask is None else key_mask.to(k.dtype)[:, None, :].expand(-1, 1, seen)
+    centre = start
+    for _ in range(steps):
+        index, distance = nearest(k, centre)
+        count = counts(index, m, keep)
+        far = (distance * keep).topk(min(m, seen), dim=-1).indices  # (B, H, m)
+        empty = count == 0
+        turn = (empty.cumsum(-2) - 1).clamp(min=0, max=far.shape[-1] - 1).squeeze(-1)  # the t-th empty cluster takes
+        key = far.gather(-1, turn)[..., None].expand(-1, -1, -1, k.shape[-1])  # the t-th farthest key
+        centre = torch.where(empty, k.gather(2, key), sums(k, index, m, keep) / count.clamp(min=1))
+    return centre

@@ -1,0 +1,51 @@
+"""What fixed patterns share: counting their pairs, and places along a sequence that may be padded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from .registry import Tiles
+
+UNIT = 2**31  # places along a sequence are integers over this: exact, and no dtype of the model rounds them
+
+
+def mean_pairs(rounds: Iterable[Tiles], causal: bool) -> float:
+    """Pairs per query row on average, the future left out where the site is causal."""
+    total = 0.0
+    for tiles in rounds:
+        valid = tiles.valid
+        if causal:
+            valid = valid & (tiles.key[..., None, :] <= tiles.query[..., :, None])
+        rows = valid.sum(-1).expand(tiles.query.shape).flatten(-2)
+        total += float(rows.gather(-1, tiles.slot).float().mean())
+    return total
+
+
+def real_tokens(place: Tensor, n: int, key_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Tokens at ascending places, 0 to UNIT - 1, along those that are not padding: floor(place n / UNIT).
+
+    place (m,) -> index (m,) and whether it is new, bool (m,): where m is close to n, two places fall on one token.
+    With key_mask (B, n) both are (B, m), and nothing is new where all is padding.
+    """
+    if key_mask is None:
+        index = place * n // UNIT
+        return index, index.diff(prepend=index.new_full((1,), -1)) > 0
+    seen = key_mask.cumsum(-1)  # (B, n)
+    turn = place * seen[:, -1:] // UNIT  # (B, m), the t-th real token
+    index = torch.searchsorted(seen, turn + 1).clamp(max=n - 1)
+    new = (turn.diff(dim=-1, prepend=turn.new_full((len(turn), 1), -1)) > 0) & (seen[:, -1:] > 0)
+    return index, new
+
+
+def shared_keys(key: Tensor, valid: Tensor, n: int, heads: int) -> Tiles:
+    """All n queries against one list of keys: key and valid (m,) or (B, m), the same for every head."""
+    position = torch.arange(n, device=key.device)
+    if key.ndim == 1:
+        return Tiles(position[None], key[None], valid.expand(1, n, -1), position)
+    rows = position.expand(len(key), heads, 1, -1)
+    key = key[:, None, None].expand(-1, heads, -1, -1)
+    valid = valid[:, None, None, None].expand(-1, heads, -1, n, -1)
+    return Tiles(rows, key, valid, rows.squeeze(2))

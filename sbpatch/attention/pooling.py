@@ -1,0 +1,82 @@
+"""Pooled keys as the low-rank part: clusters by position, as in Linformer's mean pooling (arXiv 2006.04768) and MRA's blocks.
+
+Linformer learns its projection of the tokens; nothing can be learnt here, so it is the mean over stretches of the sequence,
+or over rectangles of the image. A pool weighs exp(q.mean + ln(count)), and a covered key leaves its pool, as in `clusters`.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..errors import SbpatchError
+from . import kmeans
+from .clusters import Clusters
+from .registry import Geometry, Summary, Tiles, register
+from .tiles import columns, take
+
+
+@register("pooling")
+class Pooling(Clusters):
+    """At most `rank` pools: equal stretches, or equal rectangles on a grid and one more pool for the class tokens.
+
+    On causal sites a query reads the pools that ended before its own began; its own it reads through the window.
+    """
+
+    def __init__(self, site: Geometry, seed: int, rank: int) -> None:
+        super().__init__(site, seed, rank, steps=0)
+        if site.grid is not None and rank <= min(1, site.prefix):
+            raise SbpatchError(f"pooling needs a rank of at least 2 beside class tokens, not {rank}")
+        self.site = site
+        self.CAUSAL_CHUNK = math.ceil(site.tokens / rank)  # type: ignore[misc]  # the longest pool
+
+    @classmethod
+    def sized(cls, stored: float, site: Geometry) -> dict[str, int] | None:
+        return {"rank": int(stored) - 1} if stored >= 3 else None
+
+    def _pools(self, n: int, device: torch.device) -> Tensor:
+        """The pool of each token, (n,)."""
+        if self.site.grid is None:
+            return torch.arange(n, device=device) * min(self.rank, n) // n
+        if n != self.site.tokens:
+            raise SbpatchError(
+                f"pooling was calibrated for {self.site.tokens} tokens and got {n}; calibrate at this size"
+            )
+        rows, cols = self.site.grid
+        most = self.rank - min(1, self.site.prefix)
+        high = max(1, min(rows, most, round(math.sqrt(most * rows / cols))))
+        wide = min(cols, most // high)
+        row, col = torch.arange(rows, device=device) * high // rows, torch.arange(cols, device=device) * wide // cols
+        patches = (row[:, None] * wide + col).flatten()
+        return torch.cat((patches.new_full((self.site.prefix,), high * wide), patches))
+
+    def _clusters(self, k: Tensor, v: Tensor, key_mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """As the nearest-centre clusters: pool of each key, counts, mean keys and mean values."""
+        index = self._pools(k.shape[-2], k.device).expand(*k.shape[:3])
+        keep = k.new_ones(k.shape[0], 1, k.shape[2]) if key_mask is None else key_mask[:, None].to(k.dtype)
+        count = kmeans.counts(index, self.rank, keep)
+        mean_k, mean_v = (kmeans.sums(x.float(), index, self.rank, keep) / count.clamp(min=1) for x in (k, v))
+        return index, count, mean_k, mean_v
+
+    def _summarise_causal(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Summary:
+        own, count, mean_k, mean_v = self._clusters(k, v, key_mask)
+        past = torch.arange(self.rank, device=k.device) < own[0, 0, :, None]  # (n, m)
+        logits = (q @ mean_k.mT).masked_fill(~past | (count.mT == 0), -torch.inf)
+        shift = logits.amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).min)
+        weight = (logits - shift).exp()  # a pool that is not over weighs nothing, on the support too
+
+        def entries(tiles: Tiles) -> Tensor:
+            return columns(take(weight, tiles.query), take(own[..., None], tiles.key).squeeze(-1))
+
+        return Summary(shift, weight @ (count * mean_v), weight @ count, entries)
+
+    def dense(self, q: Tensor, k: Tensor, key_mask: Tensor | None) -> Tensor:
+        pool = self._pools(k.shape[-2], k.device)
+        together = (pool[:, None] == pool).double()  # (n, n)
+        keep = torch.ones_like(k[:, :1, :, 0]) if key_mask is None else key_mask[:, None]
+        share = together * keep[..., None, :]
+        mean = share @ k.double() / share.sum(-1, keepdim=True).clamp(min=1)  # of each key's own pool
+        entries = (q.double() @ mean.mT).exp()
+        return entries * (pool < pool[:, None]) if self.causal else entries

@@ -1,0 +1,151 @@
+"""The patched directory: whole or not at all, and never in the place of something else."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import checkpoint_of, plan_for, refused, t2t
+
+from sbpatch import artifact
+from sbpatch.plan import PLAN_FILE
+
+FILES = ["README.md", "config.json", "model.safetensors", "report.png", "sbpatch.json", "sbpatch.safetensors"]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file below, hidden ones and leftovers included."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+@pytest.fixture
+def old(tmp_path: Path) -> Path:
+    """A directory that sbpatch wrote."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / PLAN_FILE).write_text("old plan")
+    (tmp_path / "out" / "model.safetensors").write_bytes(b"old weights")
+    return tmp_path / "out"
+
+
+def write_files(folder: Path) -> None:
+    folder.mkdir()
+    (folder / PLAN_FILE).write_text("new plan")
+
+
+# ---- written_whole
+
+
+def test_new_directory_takes_the_place_of_the_old_one(old, tmp_path):
+    with artifact.written_whole(old) as fresh:
+        write_files(fresh)
+        assert contents(old)[PLAN_FILE] == b"old plan"  # until the end
+    assert contents(tmp_path) == {f"out/{PLAN_FILE}": b"new plan"}
+
+
+def test_files_too(tmp_path):
+    target = tmp_path / "result.json"
+    for text in ("first", "second"):
+        with artifact.written_whole(target) as fresh:
+            fresh.write_text(text)
+        assert contents(tmp_path) == {"result.json": text.encode()}
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
+def test_exception_leaves_the_old_one_and_nothing_else(old, tmp_path, error):
+    before = contents(tmp_path)
+
+    def fails(target: Path) -> None:
+        with artifact.written_whole(target) as fresh:
+            write_files(fresh)
+            raise error
+
+    for target in (old, tmp_path / "new"):
+        with pytest.raises(error):
+            fails(target)
+        assert contents(tmp_path) == before
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
+
+
+KILLED = """
+import sys, time
+from pathlib import Path
+from sbpatch.artifact import written_whole
+with written_whole(Path(sys.argv[1])) as fresh:
+    fresh.mkdir()
+    (fresh / "sbpatch.json").write_text("half")
+    print("inside", flush=True)
+    time.sleep(60)
+"""
+
+
+def killed_inside(target: Path) -> None:
+    with subprocess.Popen([sys.executable, "-c", KILLED, str(target)], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "inside\n"
+        os.kill(process.pid, signal.SIGKILL)
+
+
+@pytest.mark.slow
+def test_killed_process_leaves_the_old_one(old, tmp_path):
+    before = contents(old)
+    killed_inside(old)
+    assert contents(old) == before
+    killed_inside(tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+    artifact.check_output(old)  # and the next run may go on
+    artifact.check_output(tmp_path / "new")
+
+
+# ---- check_output
+
+
+def test_output_directories(old, tmp_path):
+    artifact.check_output(old)
+    artifact.check_output(tmp_path / "new")
+    (tmp_path / "empty").mkdir()
+    artifact.check_output(tmp_path / "empty")
+
+
+def test_something_else_is_refused_and_left(tmp_path):
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter1.tex").write_text("years of work")
+    (tmp_path / "file").write_text("also")
+    before = contents(tmp_path)
+    for name, said in (("thesis", "holds something else"), ("file", "is a file"), ("no/where", "no directory")):
+        assert said in refused(artifact.check_output, tmp_path / name)
+    model = t2t()
+    assert "holds something else" in refused(artifact.save, tmp_path / "thesis", None, plan_for(model))
+    assert "holds something else" in refused(artifact.copy, tmp_path / "file", tmp_path / "thesis")
+    assert contents(tmp_path) == before
+
+
+# ---- save and copy
+
+
+def test_saved_directory_is_complete_and_repeats(tmp_path):
+    model = t2t()
+    checkpoint, plan = checkpoint_of(model, tmp_path), plan_for(model)
+    for name in ("one", "two"):
+        artifact.save(tmp_path / name, checkpoint, plan)
+    artifact.save(tmp_path / "one", checkpoint, plan)  # over itself
+    assert sorted(contents(tmp_path / "one")) == FILES
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+    artifact.copy(tmp_path / "one", tmp_path / "three")
+    assert contents(tmp_path / "three") == contents(tmp_path / "one")
+    assert all(os.access(file, os.R_OK) and file.stat().st_mode & 0o044 == 0o044 for file in (tmp_path / "one").iterdir())
+
+
+def test_a_model_that_cannot_be_saved_leaves_the_old_one(old):
+    class Broken(torch.nn.Module):
+        def state_dict(self, *args, **kwargs):
+            raise RuntimeError("disk full")
+
+    before = contents(old)
+    checkpoint = type("C", (), {"model": Broken()})()
+    with pytest.raises(RuntimeError, match="disk full"):
+        artifact.save(old, checkpoint, plan_for(t2t()))
+    assert contents(old) == before

@@ -1,0 +1,190 @@
+"""What people read holds the figures of the plan, at any width."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from rich.console import Console, RenderableType
+from tiny import plan_for, t2t, vit
+
+from sbpatch import report
+from sbpatch.plan import Plan
+
+widths = pytest.mark.parametrize("width", [80, 200])
+
+
+def rendered(content: RenderableType, width: int) -> str:
+    console = Console(width=width, no_color=True, force_terminal=False, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(content)
+    text = console.export_text()
+    assert max(len(line.rstrip()) for line in text.splitlines()) <= width
+    return text
+
+
+def numbers(text: str) -> list[str]:
+    return re.findall(r"\d[\d.]*", text)
+
+
+def long_plan() -> Plan:
+    """Three patched sites, an exact one, an unsupported one."""
+    plan = plan_for(t2t(depth=2), "window+clusters")
+    exact, unsupported = plan.sites[2], plan.sites[3]
+    exact.decision, exact.reason, unsupported.decision, unsupported.reason = "exact", "few", "unsupported", "a mask"
+    for site in (exact, unsupported):
+        site.method = site.rank = site.nnz = site.budget = site.matrix_error = site.output_error = None
+    plan.settle_budget()
+    return plan
+
+
+def figures(site) -> list[str]:
+    """What a row of the plan must say."""
+    row = [str(site.tokens), f"{site.entropy_ratio:.2f}"]
+    if site.decision == "patch":
+        row += [f"{site.nnz:.1f}", str(site.rank), f"{site.budget:.4f}", f"{site.output_error:.4f}"]
+    return row
+
+
+@widths
+def test_plan_table_keeps_every_figure(width):
+    plan = long_plan()
+    text = rendered(report.plan_table(plan), width)
+    found = numbers(text)
+    for site in plan.sites:
+        assert set(figures(site)) <= set(found)
+        assert site.reason in text
+    for value in (f"{plan.budget.used:.4f}", f"{plan.budget.model:.4f}", "0.2", "87.5"):
+        assert value in found
+    assert "output" in text
+    assert "…" not in text
+
+
+def test_like_exact_sites_share_a_row_and_patched_ones_do_not():
+    plan = plan_for(vit(depth=6), "window+clusters")
+    for site in plan.sites[1:5]:
+        site.decision, site.reason, site.method = "exact", "few tokens", None
+    rows = [
+        line for line in rendered(report.plan_table(plan), 200).splitlines() if re.match(r" *blocks.\d.attn .*\d$", line)
+    ]
+    assert len(rows) == 3
+    assert sum("3 like it" in row for row in rows) == 1
+    for site in plan.sites:
+        site.decision, site.reason = "patch", "same"
+    assert len(re.findall(r"window\+clusters", rendered(report.plan_table(plan), 200))) == 2  # those with a method
+    assert "like it" not in rendered(report.plan_table(plan), 200)
+
+
+@widths
+def test_sites_table(width):
+    plan = long_plan()
+    text = rendered(report.sites_table(plan), width)
+    for site in plan.sites:
+        assert set(numbers(text)) >= {str(site.tokens), str(site.heads), str(site.head_dim)}
+    assert "0 + 16x16" in text
+    assert "1 + 4x4" in text
+    assert "exact: few" in text
+    assert "unsupported: a mask" in text
+    assert "…" not in text
+
+
+RESULT = {
+    "model": "m", "dataset": "d", "samples": 360, "batch_size": 8, "device": "cpu", "dtype": "float32",
+    "versions": {"torch": "2.14"},
+    "variants": {
+        name: {
+            "top1": 90.28 - i, "top5": 99.17 - i, "agreement": 100.0 - i, "latency_ms": 123.4 + 1000 * i,
+            "samples_per_second": 64.8 + i, "peak_memory_bytes": 123e6 * (i + 1), "attention_memory_bytes": 4.56e6 + 1e6 * i,
+        }
+        for i, name in enumerate(("eager", "sdpa", "patched"))
+    },
+}  # fmt: skip
+
+
+@widths
+def test_eval_table_keeps_every_figure(width):
+    text = rendered(report.eval_table(RESULT), width)
+    found = set(numbers(text))
+    for figures in RESULT["variants"].values():
+        assert {f"{figures[k]:.2f}" for k in ("top1", "top5", "agreement")} <= found
+        assert {f"{figures[k]:.1f}" for k in ("latency_ms", "samples_per_second")} <= found
+    assert {"123", "246", "369"} <= found  # MB
+    assert {"9.10", "1.00", "0.53"} <= found  # SDPA's time over the variant's
+    assert {"0.50", "1.50"} <= found  # memory over SDPA's
+    assert "…" not in text
+
+
+def test_eval_table_without_labels_or_patch():
+    variants = {k: {x: y for x, y in v.items() if x not in ("top1", "top5")} for k, v in RESULT["variants"].items()}
+    del variants["patched"]
+    text = rendered(report.eval_table(RESULT | {"variants": variants}), 100)
+    assert "99.00" in text
+    assert "patched" not in text
+
+
+@pytest.mark.parametrize(
+    ("count", "said"), [(0, "0 B"), (999, "999 B"), (1e3, "1 kB"), (1.5e6, "1.5 MB"), (2e9, "2 GB"), (3e13, "3e+04 GB")]
+)
+def test_bytes(count, said):
+    assert report._bytes(count) == said
+
+
+# ---- files
+
+
+def test_model_card_holds_the_plan():
+    plan = long_plan()
+    plan.base_sha256 = "c0ffee" * 8
+    card = report.model_card(plan)
+    rows = {line.split("`")[1]: line for line in card.splitlines() if line.startswith("| `")}
+    assert list(rows) == [site.name for site in plan.sites]
+    for site in plan.sites:
+        cells = [cell.strip() for cell in rows[site.name].split("|")[1:-1]]
+        assert len(cells) == 12
+        assert cells[1:3] == [str(site.tokens), str(site.heads)]
+        assert cells[3] == f"{site.entropy_ratio:.3f}"
+        assert cells[4] == site.decision
+        assert cells[-1] == site.reason
+        if site.decision == "patch":
+            assert cells[5] == site.method
+            assert [float(c) for c in cells[6:11]] == pytest.approx(
+                [site.nnz, site.rank, site.budget, site.matrix_error, site.output_error], abs=0.06
+            )
+            assert float(cells[10]) == pytest.approx(site.output_error, abs=1e-4)
+            assert float(cells[9]) == pytest.approx(site.matrix_error, abs=1e-3)
+    for value in (plan.base_sha256, f"{plan.budget.used:.4f}", f"{plan.budget.model:.4f}", "87.5", "8 samples of `demo`"):
+        assert value in card
+    assert f"torch {plan.versions['torch']}" in card
+    assert "None" not in card
+    assert card.startswith("---\nlibrary_name: sbpatch\n")
+
+
+@pytest.mark.parametrize("patched", [1, 3, 24])
+def test_plot_is_an_image_with_something_on_it(patched, tmp_path):
+    plan = plan_for(vit(depth=24, embed_dim=48), "clusters")
+    for site in plan.sites[patched:]:
+        site.decision, site.entropy = "exact", None if patched == 3 else site.entropy
+    path = tmp_path / "report.png"
+    report.plot_plan(plan, path)
+    with Image.open(path) as image:
+        image.load()
+        assert image.format == "PNG"
+        assert 1000 < image.width < 4000
+        assert 200 < image.height < 4000
+        pixels = np.asarray(image.convert("RGB")).reshape(-1, 3)
+    assert pixels.std() > 10
+    green = np.array([int(report.GREEN[i : i + 2], 16) for i in (1, 3, 5)])
+    assert (np.abs(pixels - green).sum(1) < 6).sum() > 100  # the bars of the errors
+    first = path.read_bytes()
+    report.plot_plan(plan, path)
+    assert path.read_bytes() == first
+
+
+def test_plot_does_not_touch_pyplot(tmp_path: Path):
+    import matplotlib.pyplot as plt
+
+    before = plt.get_fignums()
+    report.plot_plan(long_plan(), tmp_path / "report.png")
+    assert plt.get_fignums() == before

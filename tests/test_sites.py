@@ -1,0 +1,343 @@
+"""Finding attention in models of many makes, and swapping it without a trace."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Callable
+
+import pytest
+import timm
+import torch
+from tiny import refused, t2t, vit
+from torch import Tensor, nn
+
+from sbpatch.attention import Scatterbrain, parse_method
+from sbpatch.sites import Call, PatchedSite, Site, find_sites, restore, swap, swapped
+
+IMAGES = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(7))
+
+
+def sites_of(model: nn.Module, *size: int) -> list[Site]:
+    return find_sites(model, torch.randn(1, 3, *(size or (64, 64))))
+
+
+def zeros(call: Call) -> Tensor:
+    return torch.zeros_like(call.query)
+
+
+def layers(model: nn.Module, method: str = "window+clusters", **change: int) -> dict[str, PatchedSite]:
+    """A real approximation for every site."""
+    sparse, low_rank = parse_method(method)
+    parameters = ({"window": 3} if sparse else {}) | ({"rank": 3} if low_rank else {}) | change
+    return {
+        site.name: PatchedSite(site.name, Scatterbrain(method, site.geometry, 0, **parameters))
+        for site in sites_of(model)
+    }
+
+
+def logits(model: nn.Module, images: Tensor = IMAGES) -> Tensor:
+    with torch.inference_mode():
+        return model(images).clone()
+
+
+# ---- finding
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "size", "expected"),
+    [
+        ("vit_tiny_patch16_224", {}, (64, 64), ("Attention", 17, 3, 64, (4, 4), 1)),
+        ("vit_tiny_patch16_224", {"img_size": (48, 96)}, (48, 96), ("Attention", 19, 3, 64, (3, 6), 1)),
+        ("deit_tiny_distilled_patch16_224", {}, (64, 64), ("Attention", 18, 3, 64, (4, 4), 2)),
+        ("eva02_tiny_patch14_224", {"img_size": 56}, (56, 56), ("EvaAttention", 17, 3, 64, (4, 4), 1)),
+        ("vit_small_patch14_reg4_dinov2", {"img_size": 56}, (56, 56), ("Attention", 21, 6, 64, (4, 4), 5)),
+        ("vit_medium_patch16_reg4_gap_256", {"img_size": (64, 96)}, (64, 96), ("Attention", 28, 8, 64, (4, 6), 4)),
+        ("vit_small_patch16_dinov3", {}, (64, 64), ("EvaAttention", 21, 6, 64, (4, 4), 5)),
+    ],
+)
+def test_sites_of_timm_models(name, change, size, expected):
+    found = sites_of(vit(name, **change), *size)
+    assert [site.name for site in found] == ["blocks.0.attn", "blocks.1.attn"]
+    for site in found:
+        g = site.geometry
+        assert (site.class_name, g.tokens, g.heads, g.head_dim, g.grid, g.prefix) == expected
+        assert site.unsupported is None
+        assert not g.causal
+
+
+def test_sites_of_t2t_vit():
+    found = {site.name: site.geometry for site in sites_of(t2t(), 64, 96)}
+    assert list(found) == ["tokens_to_token.attention1.attn", "tokens_to_token.attention2.attn", "blocks.0.attn"]
+    assert [(g.tokens, g.heads, g.head_dim, g.grid, g.prefix) for g in found.values()] == [
+        (384, 1, 16, (16, 24), 0),
+        (96, 1, 16, (8, 12), 0),
+        (25, 1, 64, (4, 6), 1),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "reason"),
+    [
+        ("beit_base_patch16_224", {"depth": 1}, "a dense attention mask or bias"),
+        ("xcit_nano_12_p16_224", {"depth": 1, "img_size": 224}, "1 queries against 17 keys"),
+        ("cait_xxs24_224", {"depth": 1}, "1 queries against 17 keys"),
+    ],
+)
+def test_attention_that_cannot_be_patched_says_why(name, change, reason):
+    """In xcit and cait the blocks' own attention is no softmax over tokens and is not seen; their class attention is."""
+    for site in sites_of(vit(name, **change)):
+        assert reason in site.unsupported
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "size"),
+    [
+        ("resnet18", {}, 64),
+        ("swin_tiny_patch4_window7_224", {"depths": (1, 1), "num_heads": (2, 4), "embed_dim": 32}, 224),
+    ],
+)
+def test_models_without_a_call_to_find(name, change, size):
+    """A convolutional model; and swin, whose windowed softmax is written by hand."""
+    text = refused(sites_of, timm.create_model(name, **change).eval(), size, size)
+    assert "no attention found" in text
+    assert "nothing to patch" in text
+
+
+class Odd(nn.Module):
+    """One site whose call is `attend` of (B, 2, 9, 8) tokens."""
+
+    def __init__(self, attend: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.inner = nn.Module()
+        self.inner.forward = attend
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x)
+
+
+sdpa = nn.functional.scaled_dot_product_attention
+
+
+@pytest.mark.parametrize(
+    ("attend", "reason"),
+    [
+        (lambda x: sdpa(x, x, x) + sdpa(x, x, -x), "2 attention calls"),
+        (lambda x: sdpa(x, x, x[..., :4]), "values 4 wide and queries 8"),
+        (lambda x: sdpa(x[:, 0], x[:, 0], x[:, 0]), "3-D queries"),
+        (lambda x: sdpa(x, x[:, :1], x[:, :1], enable_gqa=True), "grouped-query heads"),
+        (lambda x: sdpa(x, x, x, torch.ones(9, 9, dtype=torch.bool)), "mask"),
+        (lambda x: sdpa(x, x, x, is_causal=True), None),
+        (lambda x: sdpa(query=x, key=x, value=x, scale=0.3), None),
+    ],
+)
+def test_calls_of_every_kind(attend, reason):
+    (site,) = find_sites(Odd(attend), torch.randn(1, 2, 9, 8))
+    assert site.name == "inner"
+    assert site.unsupported is None if reason is None else reason in site.unsupported
+
+
+def test_finding_leaves_the_model_as_it_was():
+    model = vit().train()
+    hooks = [dict(m._forward_pre_hooks) | dict(m._forward_hooks) for m in model.modules()]
+    sites_of(model)
+    assert model.training
+    assert [dict(m._forward_pre_hooks) | dict(m._forward_hooks) for m in model.modules()] == hooks
+    with pytest.raises(AssertionError):  # timm's own refusal of another image size
+        sites_of(model, 32, 32)
+    assert [dict(m._forward_pre_hooks) | dict(m._forward_hooks) for m in model.modules()] == hooks
+
+
+# ---- swapping
+
+
+@pytest.mark.parametrize("make", [t2t, vit, lambda: vit("eva02_tiny_patch14_224", patch_size=16)])
+def test_swap_and_restore_leave_no_trace(make):
+    model = make()
+    before, keys, classes = logits(model), list(model.state_dict()), [type(m) for m in model.modules()]
+    swap(model, layers(model))
+    assert not torch.equal(logits(model), before)
+    assert list(model.state_dict()) == keys
+    restore(model)
+    assert torch.equal(logits(model), before)
+    assert list(model.state_dict()) == keys
+    assert [type(m) for m in model.modules()] == classes
+
+
+def test_replacing_attention_by_itself_changes_no_bit():
+    model = vit()
+    before = logits(model)
+    with swapped(model, {site.name: Call.exact for site in sites_of(model)}):
+        assert torch.equal(logits(model), before)
+
+
+def test_replacement_gets_the_call_as_the_model_made_it():
+    seen: list[Call] = []
+    model = t2t()
+    with swapped(model, {"tokens_to_token.attention1.attn": lambda call: seen.append(call) or call.exact()}):
+        logits(model)
+    (call,) = seen
+    assert call.query.shape == (2, 1, 256, 16)
+    assert call.softmax_scale == 147**-0.5
+    assert (call.attn_mask, call.is_causal, call.dropout_p) == (None, False, 0.0)
+
+
+def test_only_the_named_site_is_swapped():
+    model = vit()
+    with swapped(model, {"blocks.1.attn": zeros}):
+        sequence = model.forward_features(IMAGES)
+    model.blocks[1].attn.qkv.weight.data[-192:] = 0  # the values of the last block, and their bias
+    model.blocks[1].attn.qkv.bias.data[-192:] = 0
+    torch.testing.assert_close(model.forward_features(IMAGES), sequence)
+
+
+def test_swapped_restores_after_an_exception():
+    model = vit()
+    before = logits(model)
+    with pytest.raises(KeyboardInterrupt), swapped(model, {"blocks.0.attn": zeros}):
+        raise KeyboardInterrupt
+
+    def fails(call: Call) -> Tensor:
+        raise ValueError("from inside")
+
+    with pytest.raises(ValueError, match="from inside"), swapped(model, {"blocks.0.attn": fails}):
+        model(IMAGES)
+    assert torch.equal(logits(model), before)
+
+
+def test_refused_swaps_change_nothing():
+    model = vit()
+    before = logits(model)
+    assert "no module 'blocks.9.attn'" in refused(swap, model, {"blocks.0.attn": zeros, "blocks.9.attn": zeros})
+    assert torch.equal(logits(model), before)
+    swap(model, {"blocks.0.attn": zeros})
+    patched = logits(model)
+    assert "patched already" in refused(swap, model, {"blocks.1.attn": zeros, "blocks.0.attn": zeros})
+    assert torch.equal(logits(model), patched)
+    restore(model)
+    restore(model)  # once more is nothing
+    assert torch.equal(logits(model), before)
+
+
+def test_two_models_and_a_copy_do_not_disturb_each_other():
+    one, two = vit(), vit(seed=1)
+    exact = logits(one), logits(two)
+    swap(one, layers(one))
+    swap(two, layers(two))
+    patched = logits(one), logits(two)
+    restore(one)
+    assert torch.equal(logits(one), exact[0])
+    assert torch.equal(logits(two), patched[1])
+    twin = copy.deepcopy(two)
+    restore(two)
+    assert torch.equal(logits(two), exact[1])
+    assert torch.equal(logits(twin), patched[1])
+    restore(twin)
+    assert torch.equal(logits(twin), exact[1])
+
+
+def test_two_threads_patched_and_not():
+    """The redirection is the thread's own."""
+    plain, patched = vit(), vit()
+    swap(patched, layers(patched))
+    expected = {id(model): logits(model) for model in (plain, patched)}
+    wrong: list[int] = []
+
+    def work(model: nn.Module) -> None:
+        wrong.extend(i for i in range(30) if not torch.equal(logits(model), expected[id(model)]))
+
+    threads = [threading.Thread(target=work, args=(model,)) for model in (plain, patched)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not torch.equal(expected[id(plain)], expected[id(patched)])
+    assert wrong == []
+
+
+# ---- under PyTorch's other machinery
+
+
+@pytest.fixture
+def patched() -> nn.Module:
+    model = vit()
+    swap(model, layers(model))
+    return model
+
+
+@pytest.mark.parametrize("method", ["window+clusters", "window+favor", "clusters", "window"])
+@pytest.mark.parametrize(
+    "change", [{}, {"qk_norm": True}]
+)  # layer norms give float32 under autocast, values are bfloat16
+def test_autocast(method, change):
+    model = vit(**change)
+    swap(model, layers(model, method))
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        found = model(IMAGES)
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.float(), logits(model), atol=0.05, rtol=0.05)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_moving_the_model_moves_the_patch(patched, dtype):
+    exact = logits(patched)
+    torch.testing.assert_close(logits(patched.to(dtype), IMAGES.to(dtype)).float(), exact, atol=0.05, rtol=0.05)
+
+
+@pytest.mark.parametrize("make", [vit, t2t])
+def test_compile_without_a_graph_break(make):
+    model = make()
+    swap(model, layers(model))
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(logits(compiled), logits(model), atol=1e-5, rtol=1e-5)
+    torch.compiler.reset()
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    model.zero_grad()
+    model(IMAGES).square().sum().backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("method", ["window+clusters", "window+favor", "clusters"])
+def test_gradients_in_training_mode(method):
+    model = vit().train()
+    exact = gradients(model)
+    swap(model, layers(model, method))
+    found = gradients(model)
+    assert found.keys() == exact.keys()
+    assert all(torch.isfinite(g).all() for g in found.values())
+    assert found["blocks.0.attn.qkv.weight"].abs().max() > 0
+    model.set_grad_checkpointing(True)
+    for name, again in gradients(model).items():
+        torch.testing.assert_close(again, found[name], msg=name)
+
+
+def test_gradients_are_the_models_own_where_the_patch_is_exact():
+    model = vit()
+    exact = gradients(model)
+    with swapped(model, layers(model, "window", window=2 * 17)):
+        for name, found in gradients(model).items():
+            torch.testing.assert_close(found, exact[name], atol=1e-4, rtol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"attn_mask": torch.zeros(17, 17)},
+        {"dropout_p": 0.1},
+        {"enable_gqa": True},
+        {"key": torch.zeros(1, 3, 9, 64), "value": torch.zeros(1, 3, 9, 64)},
+    ],
+)
+def test_a_call_of_another_kind_is_refused(change):
+    x = torch.randn(1, 3, 17, 64)
+    site = layers(vit())["blocks.0.attn"]
+    assert "blocks.0.attn" in refused(site, Call(**{"query": x, "key": x, "value": x} | change))
+
+
+def test_dropout_is_refused_only_where_it_is_active():
+    model = vit(attn_drop_rate=0.1)
+    swap(model, layers(model))
+    logits(model)
+    assert "dropout" in refused(model.train(), IMAGES)
