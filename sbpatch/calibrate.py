@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from fnmatch import fnmatch
 from types import MappingProxyType
 from typing import Any, TypeVar
@@ -19,8 +18,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from .attention import PARTS, Scatterbrain, parse_method
+from .attention import Scatterbrain, parse_method
+from .candidates import Candidate, allocate, candidates_for, promising, site_seed, worth_their_time
 from .errors import SbpatchError
+from .fidelity import matrix_error, row_entropy
 from .plan import Budget, Decision, Plan, SitePlan, drawn_tensors
 from .recipe import SiteSetting
 from .sites import Call, Site, find_sites, swapped
@@ -28,11 +29,7 @@ from .sites import Call, Site, find_sites, swapped
 MIN_TOKENS = 256  # below this, exact attention is one small fused call that no patch beats
 SCREENED = 8  # samples that candidates are measured on, the first 2 for all of them; the chosen ones see every sample
 FIRST_LOOK = 2
-PROMISING = 1.25  # times the lowest error at no higher cost: what the first look must not exceed
 MATRIX_SAMPLES = 4  # samples for the matrix error, which costs as much as exact attention in eager mode
-LEVELS = tuple(2 ** (i / 3) for i in range(-5, 13))  # site budgets tried, from a third to 16 times the budget
-SHARES = (0.25, 0.5, 0.75)  # of a site's budget for the low-rank part, beside 0, 1 and the entropy's
-SIMPLER = 0.9  # a composed method must get below this times the error of a simpler one to be taken instead
 
 T = TypeVar("T")
 Progress = Callable[[Sequence[T], str], Iterable[T]]
@@ -40,28 +37,6 @@ Progress = Callable[[Sequence[T], str], Iterable[T]]
 
 def no_progress(items: Sequence[T], description: str) -> Iterable[T]:
     return items
-
-
-@dataclass
-class Candidate:
-    """A layer tried at a site, with the mean of its output errors over what it has seen."""
-
-    layer: Scatterbrain
-    error_sum: float = 0.0
-    seen: int = 0
-
-    @property
-    def error(self) -> float:
-        return self.error_sum / max(self.seen, 1)
-
-    def cost(self, site: SitePlan) -> float:
-        """Entries stored for one sample."""
-        return self.layer.stored * site.tokens * site.heads
-
-    def observe(self, call: Call, exact: Tensor) -> None:
-        error = output_error(self.layer(call.query, call.key, call.value, scale=call.scale), exact)
-        self.error_sum += float(error.sum())
-        self.seen += error.numel()
 
 
 @torch.inference_mode()
@@ -116,18 +91,20 @@ def calibrate(
         if site.decision == "patch":
             setting = next((s for pattern, s in fixed.items() if fnmatch(site.name, pattern)), None)
             if setting is None:
-                candidates[site.name] = _candidates(site, plan, i, method, device)
+                candidates[site.name] = candidates_for(site, plan, i, method, device)
             else:
-                layer = Scatterbrain(setting.method, site.geometry, _site_seed(seed, i), **setting.parameters)
+                layer = Scatterbrain(setting.method, site.geometry, site_seed(seed, i), **setting.parameters)
                 candidates[site.name] = [Candidate(layer.to(device))]
     _measure_errors(model, candidates, look, progress, "trying splits")
     entries = {site.name: site for site in plan.patched}
-    candidates = {name: _promising(tried, entries[name]) for name, tried in candidates.items()}
+    candidates = {name: promising(tried, entries[name]) for name, tried in candidates.items()}
     _measure_errors(model, candidates, rest, progress, "comparing the best")
-    chosen = _allocate(plan, candidates)
+    if method == "auto":
+        candidates = {name: worth_their_time(tried, entries[name]) for name, tried in candidates.items()}
+    chosen = allocate(plan, candidates)
     for i, site in enumerate(plan.sites):
         if site.name in chosen:
-            site.use(chosen[site.name].layer, _site_seed(seed, i))
+            site.use(chosen[site.name].layer, site_seed(seed, i))
             site.reason = _why(site, chosen[site.name], candidates[site.name])
     plan.settle_budget()
     _measure_plan(model, plan, batches, progress)
@@ -152,10 +129,6 @@ def first_decision(
     return "patch", f"{site.geometry.tokens} tokens"
 
 
-def _site_seed(seed: int, index: int) -> int:
-    return seed * 10_007 + 2 * index
-
-
 def _first_samples(batches: Sequence[Tensor], count: int) -> list[Tensor]:
     """The first `count` samples, in batches as they came."""
     taken, out = 0, []
@@ -178,38 +151,6 @@ def _after(batches: Sequence[Tensor], count: int) -> list[Tensor]:
 
 
 # -- measuring -------------------------------------------------------------------------------------------------------
-
-
-def output_error(output: Tensor, exact: Tensor) -> Tensor:
-    """||O' - O||_F / ||O||_F per sample and head: (B, H, n, d) twice -> (B, H)."""
-    difference = torch.linalg.vector_norm((output - exact).float(), dim=(-2, -1))
-    return difference / torch.linalg.vector_norm(exact.float(), dim=(-2, -1)).clamp(min=1e-30)
-
-
-def matrix_error(layer: Scatterbrain, call: Call, columns: int = 256) -> Tensor:
-    """||A' - A||_F / ||A||_F of the normalised attention per sample and head, (B, H), without holding either matrix.
-
-    Columns of A' are what the layer gives for columns of the identity as values.
-    """
-    q, k, n = call.query.float(), call.key.float(), call.key.shape[-2]
-    log_sum = torch.cat([(rows @ k.mT * call.softmax_scale).logsumexp(-1) for rows in q.split(256, 2)], 2)[..., None]
-    wrong, whole = torch.zeros(2, *q.shape[:2], device=q.device)
-    for first in range(0, n, columns):
-        part = torch.eye(n, device=q.device)[:, first : first + columns].expand(*q.shape[:2], -1, -1)
-        exact = (q @ k[:, :, first : first + columns].mT * call.softmax_scale - log_sum).exp()
-        found = layer(call.query, call.key, part.to(call.query.dtype), scale=call.scale).float()
-        wrong += (found - exact).square().sum((-2, -1))
-        whole += exact.square().sum((-2, -1))
-    return (wrong / whole).sqrt()
-
-
-def row_entropy(call: Call, rows: int = 256) -> Tensor:
-    """Entropy in nats of the exact attention, mean over `rows` evenly spaced query rows: (B, H)."""
-    n = call.query.shape[-2]
-    index = torch.arange(min(rows, n), device=call.query.device) * n // min(rows, n)
-    logits = call.query.index_select(2, index).float() @ call.key.float().mT * call.softmax_scale
-    log_p = logits.log_softmax(-1)
-    return -(log_p.exp() * log_p).sum(-1).mean(-1)
 
 
 def _measure_entropy(model: nn.Module, plan: Plan, batches: Sequence[Tensor], progress: Progress[Tensor]) -> None:
@@ -289,110 +230,6 @@ def _measure_plan(model: nn.Module, plan: Plan, batches: Sequence[Tensor], progr
         unpatch(model)
     same = sum(int((found.argmax(-1) == exact.argmax(-1)).sum()) for found, exact in pairs)
     plan.agreement = 100.0 * same / sum(len(exact) for exact in exact_outputs)
-
-
-# -- choosing --------------------------------------------------------------------------------------------------------
-
-
-def _candidates(site: SitePlan, plan: Plan, index: int, method: str, device: torch.device) -> list[Candidate]:
-    """Layers to try at a site: methods x splits x budgets, simplest first, none that the whole budget could not pay for."""
-    assert site.entropy_ratio is not None
-    if method == "auto":
-        local = "window2d" if site.grid is not None else "window"
-        methods = [f"{local}+clusters", "lsh+clusters"] if not site.causal else ["window+clusters"]
-    else:
-        methods = [method]
-    whole = sum(s.entries for s in plan.patched)
-    tried: dict[str, Candidate] = {}
-    for level in LEVELS:
-        share_of_n = min(plan.budget.requested * level, 0.5)
-        if share_of_n * site.entries > plan.budget.requested * whole * (1 + 1e-9):
-            continue
-        stored = share_of_n * site.tokens
-        for joined in methods:
-            sparse, low_rank = parse_method(joined)
-            shares = [1.0, 0.0, site.entropy_ratio, *SHARES] if sparse and low_rank else [1.0 if low_rank else 0.0]
-            for share in shares:
-                layer = _layer(sparse, low_rank, stored, share, site, _site_seed(plan.seed, index))
-                if layer is not None:
-                    tried.setdefault(f"{layer.method} {layer.parameters_used}", Candidate(layer.to(device)))
-    if not tried:
-        raise SbpatchError(
-            f"budget {plan.budget.requested:g} leaves site '{site.name}' ({site.tokens} tokens) less than {method} can work "
-            "with: raise --budget or exclude the site"
-        )
-    return list(tried.values())
-
-
-def _promising(tried: list[Candidate], site: SitePlan) -> list[Candidate]:
-    """Candidates whose error is near the lowest of all that cost no more."""
-    best: float = math.inf
-    kept = []
-    for candidate in sorted(tried, key=lambda c: (c.cost(site), c.error)):
-        best = min(best, candidate.error)
-        if candidate.error <= PROMISING * best:
-            kept.append(candidate)
-    return kept
-
-
-def _layer(
-    sparse: str | None, low_rank: str | None, stored: float, share: float, site: SitePlan, seed: int
-) -> Scatterbrain | None:
-    """The method sized so that the low-rank part gets `share` of the stored entries; None where a part gets too few."""
-    names: list[str] = []
-    parameters: dict[str, int] = {}
-    for name, part in ((sparse, stored * (1 - share)), (low_rank, stored * share)):
-        if name is None or part <= 0:
-            continue
-        sized = PARTS[name].sized(part, site.geometry)
-        if sized is None:
-            return None
-        names.append(name)
-        parameters |= sized
-    if site.causal and low_rank in names and low_rank == "clusters" and parameters.get("window", 0) < 64:
-        return None  # causal clusters need the window to cover their chunk
-    return Scatterbrain("+".join(names), site.geometry, seed, **parameters) if names else None
-
-
-def _allocate(plan: Plan, candidates: dict[str, list[Candidate]]) -> dict[str, Candidate]:
-    """One candidate a site, the summed squared output error small, the stored entries within the budget.
-
-    Raises:
-        SbpatchError: even the cheapest candidates together exceed the budget.
-    """
-    sites = {site.name: site for site in plan.patched}
-    limit = plan.budget.requested * sum(site.entries for site in sites.values()) * (1 + 1e-9)
-    chosen = {name: min(tried, key=lambda c: c.cost(sites[name])) for name, tried in candidates.items()}
-    spent = sum(c.cost(sites[name]) for name, c in chosen.items())
-    if spent > limit:
-        raise SbpatchError(
-            f"budget {plan.budget.requested:g} cannot be met: the smallest patch of these {len(sites)} sites stores "
-            f"{spent / limit * plan.budget.requested:.3g} of the entries"
-        )
-    while True:
-        best: tuple[float, str, Candidate] | None = None
-        for name, current in chosen.items():
-            for candidate in candidates[name]:
-                more = candidate.cost(sites[name]) - current.cost(sites[name])
-                gain = current.error**2 - candidate.error**2
-                if gain <= 0 or spent + more > limit:
-                    continue
-                rate = gain / more if more > 0 else math.inf
-                if best is None or rate > best[0] or (rate == best[0] == math.inf and candidate.error < best[2].error):
-                    best = (rate, name, candidate)
-        if best is None:
-            break
-        _, name, candidate = best
-        spent += candidate.cost(sites[name]) - chosen[name].cost(sites[name])
-        chosen[name] = candidate
-    return {name: _simplest(candidate, candidates[name], sites[name]) for name, candidate in chosen.items()}
-
-
-def _simplest(best: Candidate, tried: list[Candidate], site: SitePlan) -> Candidate:
-    """A method of one part in place of a joined one, where it costs no more and its error is nearly as low."""
-    alone = [c for c in tried if "+" not in c.layer.method and c.cost(site) <= best.cost(site)]
-    simple = min(alone, key=lambda c: c.error, default=best)
-    return simple if best.error > SIMPLER * simple.error else best
 
 
 def _why(site: SitePlan, chosen: Candidate, tried: list[Candidate]) -> str:

@@ -66,14 +66,11 @@ def test_like_exact_sites_share_a_row_and_patched_ones_do_not():
     plan = plan_for(vit(depth=6), "window+clusters")
     for site in plan.sites[1:5]:
         site.decision, site.reason, site.method = "exact", "few tokens", None
-    rows = [
-        line for line in rendered(report.plan_table(plan), 200).splitlines() if re.match(r" *blocks.\d.attn .*\d$", line)
-    ]
+    rows = [line for line in rendered(report.plan_table(plan), 200).splitlines() if re.match(r" *blocks.* 17 ", line)]
     assert len(rows) == 3
-    assert sum("3 like it" in row for row in rows) == 1
+    assert "blocks.1.attn and 3 like it" in rows[1]
     for site in plan.sites:
         site.decision, site.reason = "patch", "same"
-    assert len(re.findall(r"window\+clusters", rendered(report.plan_table(plan), 200))) == 2  # those with a method
     assert "like it" not in rendered(report.plan_table(plan), 200)
 
 

@@ -6,6 +6,7 @@ Importing this package fills the registry; a new method is one file here, import
 from . import (
     bigbird,
     clusters,
+    coreset,
     favor,
     favor_variants,
     linear,

@@ -78,9 +78,10 @@ def lloyd(k: Tensor, key_mask: Tensor | None, m: int, steps: int) -> Tensor:
     for _ in range(steps):
         index, distance = nearest(k, centre)
         count = counts(index, m, keep)
-        far = (distance * keep).topk(min(m, seen), dim=-1).indices  # (B, H, m)
+        farthest, far = (distance * keep).topk(min(m, seen), dim=-1)  # (B, H, m); padding is at distance 0
         empty = count == 0
         turn = (empty.cumsum(-2) - 1).clamp(min=0, max=far.shape[-1] - 1).squeeze(-1)  # the t-th empty cluster takes
         key = far.gather(-1, turn)[..., None].expand(-1, -1, -1, k.shape[-1])  # the t-th farthest key
-        centre = torch.where(empty, k.gather(2, key), sums(k, index, m, keep) / count.clamp(min=1))
+        moved = torch.where(farthest.gather(-1, turn)[..., None] > 0, k.gather(2, key), centre)
+        centre = torch.where(empty, moved, sums(k, index, m, keep) / count.clamp(min=1))
     return centre

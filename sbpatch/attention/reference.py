@@ -42,6 +42,9 @@ def scatterbrain_matrix(
         entries = layer.low_rank.dense(q, k, key_mask)
     if layer.support is not None:
         support = layer.support.dense(q, k, key_mask)
+        if not layer.naive:  # where L is signed and does not leave a positive remainder, there is none
+            rest = entries.masked_fill(support | ~pairs, 0).sum(-1, keepdim=True)
+            entries = entries.masked_fill(rest <= 0, 0)
         exact = (q.double() @ k.double().mT).exp()
         entries = torch.where(support, exact + entries if layer.naive else exact, entries)
     entries = entries.masked_fill(~pairs, 0)

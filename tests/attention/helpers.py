@@ -9,6 +9,7 @@ from torch import Tensor
 
 from sbpatch.attention import Geometry, Scatterbrain
 from sbpatch.attention.clusters import Clusters
+from sbpatch.attention.kmeans import SAMPLE
 from sbpatch.attention.favor import Favor
 from sbpatch.attention.lsh import Lsh
 from sbpatch.attention.window import Window
@@ -139,7 +140,10 @@ def favor_entries(part: Favor, q: Tensor, k: Tensor) -> Tensor:
 
 
 def cluster_of(k: Tensor, rank: int, steps: int, key_mask: Tensor | None = None) -> Tensor:
-    """The cluster (B, H, n) of each key by Lloyd's algorithm from strided starts, -1 for padding. Loops, float64."""
+    """The cluster (B, H, n) of each key by Lloyd's algorithm from strided starts, -1 for padding. Loops, float64.
+
+    The steps look at `SAMPLE` keys a centre, and the t-th cluster that ran empty moves to the t-th farthest key.
+    """
     batch, heads, n, _ = k.shape
     out = torch.full((batch, heads, n), -1)
     for b in range(batch):
@@ -147,11 +151,17 @@ def cluster_of(k: Tensor, rank: int, steps: int, key_mask: Tensor | None = None)
         for h in range(heads if len(real) else 0):
             x = k[b, h, real].detach().double()
             centre = x[[(2 * t + 1) * len(real) // (2 * rank) for t in range(rank)]].clone()
+            seen = x
+            if SAMPLE * rank < n:
+                seen = x[[(2 * t + 1) * len(real) // (2 * SAMPLE * rank) for t in range(SAMPLE * rank)]]
             for _ in range(steps):
-                nearest = (x[:, None] - centre[None]).square().sum(-1).argmin(1)
+                distance, nearest = (seen[:, None] - centre[None]).square().sum(-1).min(1)
+                far = iter(distance.argsort(descending=True).tolist())
                 for c in range(rank):
                     if (nearest == c).any():
-                        centre[c] = x[nearest == c].mean(0)
+                        centre[c] = seen[nearest == c].mean(0)
+                    elif (j := next(far, None)) is not None and distance[j] > 1e-5:
+                        centre[c] = seen[j]
             out[b, h, real] = (x[:, None] - centre[None]).square().sum(-1).argmin(1)
     return out
 

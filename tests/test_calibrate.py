@@ -1,0 +1,368 @@
+"""Calibration on small models: what is measured against dense definitions, and that the decisions keep their promises."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import refused, t2t
+from torch import Tensor, nn
+
+from sbpatch.attention import Geometry, Scatterbrain
+from sbpatch.attention.reference import exact_matrix, scatterbrain_matrix
+from sbpatch.calibrate import _after, _first_samples, calibrate
+from sbpatch.candidates import Candidate, allocate
+from sbpatch.fidelity import matrix_error, output_error, row_entropy
+from sbpatch.patch import patch
+from sbpatch.plan import Budget, Plan, SitePlan
+from sbpatch.recipe import SiteSetting
+from sbpatch.sites import Call, swapped
+
+STAGE1, STAGE2 = "tokens_to_token.attention1.attn", "tokens_to_token.attention2.attn"  # 256 and 64 tokens at 64 px
+BLOCK = "blocks.0.attn"  # 17 tokens
+BATCHES = list(torch.randn(5, 3, 64, 64, generator=torch.Generator().manual_seed(3)).split([3, 2]))
+
+
+def calls_of(model: nn.Module, name: str, batches: list[Tensor]) -> Call:
+    """What the model asks of one site over all samples, as one call."""
+    seen: list[Call] = []
+    with torch.inference_mode(), swapped(model, {name: lambda call: seen.append(call) or call.exact()}):
+        for batch in batches:
+            model(batch)
+    q, k, v = (torch.cat([getattr(call, part) for call in seen]) for part in ("query", "key", "value"))
+    return Call(q, k, v, scale=seen[0].scale)
+
+
+# ---- measures
+
+
+@pytest.mark.parametrize("n", [2, 100, 700])
+def test_entropy_of_uniform_and_of_one_key(n):
+    zero, one_hot = torch.zeros(2, 3, n, n), 50 * torch.eye(n).expand(2, 3, n, n)
+    values = torch.randn(2, 3, n, 4)
+    torch.testing.assert_close(row_entropy(Call(zero, one_hot, values)), torch.full((2, 3), math.log(n)))
+    torch.testing.assert_close(row_entropy(Call(one_hot, one_hot, values, scale=1.0)), torch.zeros(2, 3))
+
+
+def test_entropy_is_the_mean_over_rows():
+    q, k = torch.randn(2, 2, 3, 50, 8)
+    p = exact_matrix(q, k, 0.7)
+    expected = -(p * p.log()).sum(-1).mean(-1)
+    torch.testing.assert_close(row_entropy(Call(q, k, k, scale=0.7), rows=50).double(), expected)
+    some = -(p * p.log()).sum(-1)[..., ::10].mean(-1)  # 5 rows, evenly spaced
+    torch.testing.assert_close(row_entropy(Call(q, k, k, scale=0.7), rows=5).double(), some)
+
+
+def test_output_error_by_hand():
+    exact = torch.tensor([[[[3.0, 0.0], [0.0, 4.0]], [[1.0, 0.0], [0.0, 0.0]]]])
+    found = torch.tensor([[[[3.0, 3.0], [4.0, 4.0]], [[0.0, 0.0], [0.0, 0.0]]]])
+    torch.testing.assert_close(output_error(found, exact), torch.tensor([[1.0, 1.0]]))
+    assert output_error(exact, exact).tolist() == [[0.0, 0.0]]
+
+
+@pytest.mark.parametrize("method", ["window", "lsh", "clusters", "favor", "window2d+clusters", "lsh+favor"])
+@pytest.mark.parametrize("scale", [None, 0.4])
+def test_matrix_error_is_that_of_the_dense_matrices(method, scale):
+    site = Geometry(70, 2, 8, grid=(7, 10))
+    sizes = {"window": 3, "bucket": 9, "rounds": 2, "rank": 6}
+    takes = {"window": ["window"], "window2d": ["window"], "lsh": ["bucket", "rounds"], "clusters": ["rank"], "favor": ["rank"]}
+    layer = Scatterbrain(method, site, 0, **{p: sizes[p] for part in method.split("+") for p in takes[part]})
+    q, k, v = torch.randn(3, 2, 2, 70, 8)
+    call = Call(q, k, v, scale=scale)
+    exact = exact_matrix(q, k, call.softmax_scale)
+    found = scatterbrain_matrix(layer, q, k, call.softmax_scale)
+    expected = (found - exact).norm(dim=(-2, -1)) / exact.norm(dim=(-2, -1))
+    torch.testing.assert_close(matrix_error(layer, call, columns=32).double(), expected, atol=1e-4, rtol=1e-3)
+
+
+@given(sizes=st.lists(st.integers(1, 5), max_size=5), first=st.integers(1, 4), count=st.integers(1, 12))
+def test_screening_takes_every_sample_once(sizes, first, count):
+    numbers = torch.arange(sum(sizes)).split(sizes)
+    screen = _first_samples(numbers, count)
+    look, rest = _first_samples(numbers, first), _after(screen, first)
+    assert [len(x) for x in screen] == [len(x) for x in screen if len(x)]
+    assert [int(i) for x in screen for i in x] == list(range(min(count, sum(sizes))))
+    if first <= count:
+        assert [int(i) for x in look + rest for i in x] == [int(i) for x in screen for i in x]
+
+
+# ---- allocation: greedy against all combinations
+
+
+Curve = list[tuple[float, float]]  # (stored per row, error)
+
+
+def allocate(curves: list[Curve], budget: float, n: int = 100) -> tuple[float, float]:
+    """What `allocate` spends per row, all sites together, and the squared error it leaves."""
+    site = {"class": "C", "tokens": n, "heads": 1, "head_dim": 8, "decision": "patch", "reason": ""}
+    plan = Plan(model="m", seed=0, budget=Budget(requested=budget), sites=[])
+    plan.sites = [SitePlan.model_validate(site | {"name": str(i), "entropy_ratio": 0.5}) for i in range(len(curves))]
+    tried = {
+        str(i): [Candidate(SimpleNamespace(stored=stored, method="window"), error, 1) for stored, error in curve]
+        for i, curve in enumerate(curves)
+    }
+    chosen = allocate(plan, tried).values()
+    return sum(c.layer.stored for c in chosen), sum(c.error**2 for c in chosen)
+
+
+def best_of_all(curves: list[Curve], limit: float) -> float:
+    """The least squared error that any combination within the limit leaves."""
+    combinations = itertools.product(*curves)
+    return min(sum(e**2 for _, e in c) for c in combinations if sum(s for s, _ in c) <= limit * (1 + 1e-9))
+
+
+candidates = st.lists(st.tuples(st.integers(1, 40), st.floats(0, 1)), min_size=1, max_size=5)
+
+
+@settings(max_examples=200)
+@given(curves=st.lists(candidates, min_size=1, max_size=4), budget=st.floats(0.01, 0.9))
+def test_allocation_keeps_the_budget_and_comes_near_the_best(curves, budget):
+    """Steps by gain per entry follow each curve's convex hull, the relaxed optimum, up to the first step that does not
+    fit; so what is lost is at most that one step, which is no larger than one site's whole gain.
+    """
+    limit = budget * 100 * len(curves)
+    if sum(min(s for s, _ in curve) for curve in curves) > limit:
+        assert "cannot be met" in refused(allocate, curves, budget)
+        return
+    spent, left = allocate(curves, budget)
+    assert spent <= limit * (1 + 1e-9)
+    one_site = max(max(e**2 for _, e in curve) - min(e**2 for _, e in curve) for curve in curves)
+    assert left <= best_of_all(curves, limit) + one_site + 1e-12
+
+
+@settings(max_examples=100)
+@given(
+    gains=st.lists(st.lists(st.floats(0.001, 1), min_size=1, max_size=4), min_size=1, max_size=4), budget=st.floats(0.04, 0.5)
+)
+def test_allocation_is_the_best_where_returns_diminish(gains, budget):
+    """Equal steps, each worth less than the one before: then greedy is optimal."""
+    curves = []
+    for steps in gains:
+        left = [sum(sorted(steps)[:i]) for i in range(len(steps), -1, -1)]  # the largest gain goes first
+        curves.append([(4 * (i + 1), math.sqrt(x)) for i, x in enumerate(left)])
+    limit = budget * 100 * len(curves)
+    assert allocate(curves, budget)[1] == pytest.approx(best_of_all(curves, limit), abs=1e-9)
+
+
+# ---- the whole
+
+
+@settings(max_examples=6)
+@given(budget=st.floats(0.04, 0.6), min_tokens=st.sampled_from([17, 64, 256]))
+def test_budget_is_kept(budget, min_tokens):
+    plan = calibrate(t2t(), BATCHES, budget=budget, min_tokens=min_tokens)
+    assert [site.decision for site in plan.sites] == [
+        "patch" if site.tokens >= min_tokens else "exact" for site in plan.sites
+    ]
+    stored = sum(site.layer().stored * site.tokens * site.heads for site in plan.patched)
+    assert plan.budget.requested == budget
+    assert plan.budget.used == pytest.approx(stored / sum(site.entries for site in plan.patched))
+    assert plan.budget.used <= budget * (1 + 1e-6)
+    assert plan.budget.used > budget / 3
+
+
+def test_figures_of_a_plan_are_those_of_the_model():
+    """Entropy, errors and agreement, computed a second time from what the model really asks of its sites."""
+    model = t2t()
+    plan = calibrate(model, BATCHES, budget=0.2, min_tokens=64)
+    layers = plan.layers()
+    with torch.inference_mode():
+        images = torch.cat(BATCHES)
+        for site in plan.sites:
+            call = calls_of(model, site.name, BATCHES)
+            p = exact_matrix(call.query, call.key, call.softmax_scale)
+            entropy = -torch.special.xlogy(p, p).sum(-1).mean((0, 2))
+            assert site.entropy == pytest.approx(entropy.tolist(), abs=1e-4)
+            assert site.entropy_ratio == pytest.approx(float(entropy.mean()) / math.log(site.tokens), abs=1e-4)
+            if site.decision != "patch":
+                assert site.output_error is None
+                continue
+            found = layers[site.name](call.query, call.key, call.value, scale=call.scale)
+            wrong = (found.double() - p @ call.value.double()).norm(dim=(-2, -1))
+            expected = (wrong / (p @ call.value.double()).norm(dim=(-2, -1))).mean()
+            assert site.output_error == pytest.approx(float(expected), rel=1e-3)
+            dense = scatterbrain_matrix(layers[site.name], call.query[:4], call.key[:4], call.softmax_scale)
+            expected = ((dense - p[:4]).norm(dim=(-2, -1)) / p[:4].norm(dim=(-2, -1))).mean()
+            assert site.matrix_error == pytest.approx(float(expected), rel=1e-3)
+        exact = model(images).argmax(1)
+        agreement = 100 * float((patch(model, plan)(images).argmax(1) == exact).double().mean())
+    assert plan.agreement == pytest.approx(agreement)
+
+
+def test_more_budget_is_less_error():
+    errors = [calibrate(t2t(), BATCHES, budget=b).sites[0].output_error for b in (0.03, 0.1, 0.4)]
+    assert errors[0] > errors[1] > errors[2]
+
+
+def test_measured_choice_beats_its_parts_at_the_same_budget():
+    """What --method auto keeps is no worse than each of the methods alone, on the samples that it chose by."""
+    auto = calibrate(t2t(), BATCHES, budget=0.1).sites[0].output_error
+    for method in ("window2d", "clusters", "lsh", "favor"):
+        assert auto <= 1.12 * calibrate(t2t(), BATCHES, budget=0.1, method=method).sites[0].output_error
+
+
+@pytest.mark.parametrize("method", ["window2d", "clusters", "lsh+favor"])
+def test_method_is_the_one_asked_for_or_a_part_of_it(method):
+    (site,) = calibrate(t2t(), BATCHES, budget=0.2, method=method).patched
+    assert set(site.method.split("+")) <= set(method.split("+"))
+
+
+def test_two_runs_give_one_plan():
+    plans = [calibrate(t2t(), BATCHES, budget=0.1, min_tokens=64, method="lsh+favor", seed=5) for _ in range(2)]
+    assert plans[0].to_json() == plans[1].to_json()
+    assert plans[0].tensors.keys() == plans[1].tensors.keys()
+    assert all(torch.equal(plans[0].tensors[name], plans[1].tensors[name]) for name in plans[0].tensors)
+    other = calibrate(t2t(), BATCHES, budget=0.1, min_tokens=64, method="lsh+favor", seed=6)
+    assert other.to_json() != plans[0].to_json()
+
+
+@pytest.mark.parametrize("size", [1, 2, 5])
+def test_batching_of_the_samples_changes_no_decision(size):
+    plans = [calibrate(t2t(), list(torch.cat(BATCHES).split(s)), budget=0.1) for s in (size, 5)]
+    first, second = ([(s.decision, s.method, s.rank, s.nnz) for s in plan.sites] for plan in plans)
+    assert first == second
+
+
+def test_model_is_left_as_it_was():
+    model = t2t()
+    before = model(BATCHES[0])
+    calibrate(model, BATCHES, budget=0.2)
+    assert torch.equal(model(BATCHES[0]), before)
+
+    def interrupted(items, description):
+        yield items[0]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(model, BATCHES, budget=0.2, progress=interrupted)
+    assert torch.equal(model(BATCHES[0]), before)
+
+
+# ---- which sites
+
+
+@pytest.mark.parametrize(
+    ("options", "patched"),
+    [
+        ({}, [STAGE1]),
+        ({"min_tokens": 64}, [STAGE1, STAGE2]),
+        ({"min_tokens": 2}, [STAGE1, STAGE2, BLOCK]),
+        ({"min_tokens": 2, "include": ["blocks.*"]}, [BLOCK]),
+        ({"min_tokens": 2, "include": ["*attention2*", "blocks.*"]}, [STAGE2, BLOCK]),
+        ({"min_tokens": 2, "exclude": ["*attention1*"]}, [STAGE2, BLOCK]),
+        ({"min_tokens": 2, "include": ["token*"], "exclude": ["*2.attn"]}, [STAGE1]),
+    ],
+)
+def test_include_exclude_and_min_tokens(options, patched):
+    plan = calibrate(t2t(), BATCHES, budget=0.3, method="clusters", **options)
+    assert [site.name for site in plan.patched] == patched
+    for site in plan.sites:
+        assert site.reason
+        assert (site.method is None) == (site.decision == "exact") == (site.budget is None)
+
+
+@pytest.mark.parametrize("options", [{"exclude": ["*"]}, {"include": ["nothing"]}, {"min_tokens": 257}])
+def test_nothing_to_patch(options):
+    text = refused(calibrate, t2t(), BATCHES, **options)
+    assert "nothing to patch among 3 attention sites" in text
+    assert STAGE1 in text
+
+
+def test_model_without_attention():
+    plain = nn.Sequential(nn.Flatten(), nn.LazyLinear(3))
+    assert "no attention found" in refused(calibrate, plain, BATCHES)
+
+
+class Causal(nn.Module):
+    """One causal attention over (B, n, 32) sequences."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(32, 3 * 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.inner(x).unflatten(-1, (3, 2, 16)).permute(2, 0, 3, 1, 4)
+        return nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True).mean((1, 2))
+
+
+def test_causal_sequences():
+    model, batches = Causal(), [torch.randn(2, 512, 32)]
+    plan = calibrate(model, batches, budget=0.3)
+    (site,) = plan.patched
+    assert site.causal
+    assert site.grid is None
+    assert plan.budget.used <= 0.3
+    with torch.inference_mode():
+        other = torch.cat([batches[0][:, :300], torch.randn(2, 212, 32)], dim=1)
+        q, k, v = torch.randn(3, 1, 2, 512, 16)
+        layer = plan.layers()[site.name]
+        k2, v2 = k.clone(), v.clone()
+        k2[:, :, 300:], v2[:, :, 300:] = 9, -9
+        torch.testing.assert_close(layer(q, k, v)[:, :, :300], layer(q, k2, v2)[:, :, :300])  # the future is not read
+        assert torch.isfinite(patch(model, plan)(other)).all()
+
+
+# ---- recipes
+
+
+def test_fixed_settings_are_taken_as_they_are():
+    fixed = {"*attention1*": SiteSetting(method="window+clusters", window=9, rank=11, steps=1)}
+    plan = calibrate(t2t(), BATCHES, budget=0.2, min_tokens=64, fixed=fixed)
+    first, second = plan.patched
+    assert (first.method, first.window, first.rank, first.steps) == ("window+clusters", 9, 11, 1)
+    assert first.reason == "set by the recipe"
+    assert first.budget == pytest.approx((first.nnz + 12) / 256)
+    assert second.reason != "set by the recipe"
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ({"method": "windo", "window": 3}, "did you mean window"),
+        ({"method": "window", "window": 3, "windw": 3}, "windw"),
+        ({"method": "window"}, "window"),
+        ({"method": "window", "window": 0}, "at least 1"),
+        ({"method": "window+clusters", "window": 3}, "rank"),
+        ({"method": "clusters", "rank": 200}, "cannot be met"),
+    ],
+)
+def test_fixed_settings_that_cannot_be(setting, said):
+    assert said in refused(calibrate, t2t(), BATCHES, budget=0.2, fixed={"*": SiteSetting(**setting)})
+
+
+# ---- refusals
+
+
+@pytest.mark.parametrize("budget", [0.0, 1.0, -0.1, 3.0, math.nan, math.inf])
+def test_budget_that_is_no_share(budget):
+    assert "budget" in refused(calibrate, t2t(), BATCHES, budget=budget)
+
+
+@pytest.mark.parametrize("budget", [1e-9, 1e-4, 0.003])
+def test_impossible_budget(budget):
+    text = refused(calibrate, t2t(), BATCHES, budget=budget)
+    assert f"budget {budget:g}" in text
+    assert "raise --budget" in text or "cannot be met" in text
+
+
+def test_no_samples():
+    for batches in ([], [torch.zeros(0, 3, 64, 64)]):
+        assert "no samples" in refused(calibrate, t2t(), batches)
+
+
+@pytest.mark.parametrize(
+    ("method", "said"),
+    [
+        ("clusers", "did you mean clusters"),
+        ("window+lsh", "two sparse parts"),
+        ("", "unknown attention method"),
+        ("window+", "unknown attention method"),
+    ],
+)
+def test_unknown_method(method, said):
+    assert said in refused(calibrate, t2t(), BATCHES, method=method)
