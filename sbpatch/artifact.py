@@ -22,8 +22,10 @@ def check_output(directory: Path) -> None:
     """Refuse an output directory that holds something else, before any work is done.
 
     Raises:
-        SbpatchError: it is a file, or a directory with files in it that sbpatch did not write.
+        SbpatchError: it is a file, the current directory, or a directory with files in it that sbpatch did not write.
     """
+    if directory.resolve() == Path.cwd():
+        raise SbpatchError(f"output {directory} is the current directory, which cannot be replaced: give a name to -o")
     if directory.exists() and not directory.is_dir():
         raise SbpatchError(f"output {directory} is a file: give another -o")
     if directory.is_dir() and any(directory.iterdir()) and not (directory / PLAN_FILE).is_file():
@@ -68,5 +70,7 @@ def save(directory: Path, checkpoint: Checkpoint, plan: Plan) -> None:
 def copy(directory: Path, target: Path) -> None:
     """Copy a patched directory to `target`, whole or not at all."""
     check_output(target)
+    if target.resolve().is_relative_to(directory.resolve()):
+        raise SbpatchError(f"cannot copy {directory} into itself: give another -o than {target}")
     with written_whole(target) as fresh:
         shutil.copytree(directory, fresh)

@@ -51,6 +51,13 @@ class Dtype(StrEnum):
     float16 = "float16"
 
 
+def _json_place(path: Path | None) -> Path | None:
+    """Refuse a place that cannot be written to before any work is done."""
+    if path is not None and str(path) != "-" and (path.is_dir() or not path.absolute().parent.is_dir()):
+        raise SbpatchError(f"cannot write {path}: it is a directory, or its folder does not exist")
+    return path
+
+
 Model = Annotated[str, typer.Argument(help="alias (t2t-vit-demo, t2t-vit-14), directory, checkpoint file or timm name")]
 CheckpointFile = Annotated[Path | None, typer.Option("--checkpoint", help="weights file in place of the published one")]
 InputSize = Annotated[int | None, typer.Option("--input-size", help="pixels a side, where not the model's own")]
@@ -58,7 +65,10 @@ DataDir = Annotated[Path | None, typer.Option("--data-dir", help="where the data
 DeviceFlag = Annotated[Device, typer.Option("--device")]
 DtypeFlag = Annotated[Dtype, typer.Option("--dtype", help="of weights and activations")]
 Seed = Annotated[int, typer.Option("--seed", min=0, help="of everything random")]
-JsonFile = Annotated[Path | None, typer.Option("--json", help="write the result to this file, - for standard output")]
+JsonFile = Annotated[
+    Path | None,
+    typer.Option("--json", help="write the result to this file, - for standard output", callback=_json_place),
+]
 Quiet = Annotated[bool, typer.Option("--quiet", help="no tables, no progress bars")]
 
 
@@ -73,8 +83,6 @@ def _write_json(path: Path | None, text: str) -> None:
     if path is not None and str(path) == "-":
         sys.stdout.write(text)
     elif path is not None:
-        if not path.absolute().parent.is_dir():
-            raise SbpatchError(f"cannot write {path}: no directory {path.absolute().parent}")
         with artifact.written_whole(path) as fresh:
             fresh.write_text(text, encoding="utf-8")
 

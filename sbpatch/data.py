@@ -67,7 +67,7 @@ def open_images(
         raise SbpatchError(f"no split '{split}': it is train or test")
     if limit is not None and limit < 1:
         raise SbpatchError(f"a limit of {limit} images: it must be positive")
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))
     if source == "demo":
         items, classes = _digits(split), 10
     elif source == "imagenet-val":

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -109,7 +110,7 @@ def load_checkpoint(name: str, checkpoint: Path | None = None, input_size: int |
     Raises:
         SbpatchError: the name is unknown, or the weights cannot be found, read or fitted.
     """
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     timm_name = name.removeprefix("timm/")
     if input_size is not None and input_size < 1:
         raise SbpatchError(f"an input size of {input_size} px: it must be positive")

@@ -14,6 +14,7 @@ class SiteSetting(BaseModel):
     """A method with its parameters (`window`, `rank`, ...) as further keys, taken as they are, without a search."""
 
     model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, int] = Field(init=False)
 
     method: str
 
@@ -49,7 +50,7 @@ def read_recipe(path: Path | None) -> Recipe:
         return Recipe.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")) or {})
     except OSError as error:
         raise SbpatchError(f"no recipe at {path}: {error.strerror}") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise SbpatchError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     except ValidationError as error:
         first = error.errors()[0]

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -78,15 +77,14 @@ class T2TViTConfig:
 
 def sinusoids(position: Tensor, width: int) -> Tensor:
     """Fixed position encoding (tokens, width), float32, of positions (tokens,); in float64 within, as the original."""
-    channel = torch.arange(width, dtype=torch.float64)
+    channel = torch.arange(width, dtype=torch.float64, device=position.device)
     angle = position.double()[:, None] / 10000 ** (2 * (channel // 2) / width)
     return torch.where(channel % 2 == 0, angle.sin(), angle.cos()).float()
 
 
-@lru_cache(maxsize=8)
 def sinusoid_table(tokens: int, width: int) -> Tensor:
     """The encodings of tokens 0, 1, ... in reading order, shape (1, tokens, width)."""
-    return sinusoids(torch.arange(tokens), width)[None]
+    return sinusoids(torch.arange(tokens, device="cpu"), width)[None]  # not on the meta device of a model being loaded
 
 
 class TokenAttention(nn.Module):

@@ -136,7 +136,9 @@ def test_saved_directory_is_complete_and_repeats(tmp_path):
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
     artifact.copy(tmp_path / "one", tmp_path / "three")
     assert contents(tmp_path / "three") == contents(tmp_path / "one")
-    assert all(os.access(file, os.R_OK) and file.stat().st_mode & 0o044 == 0o044 for file in (tmp_path / "one").iterdir())
+    assert all(
+        os.access(file, os.R_OK) and file.stat().st_mode & 0o044 == 0o044 for file in (tmp_path / "one").iterdir()
+    )
 
 
 def test_a_model_that_cannot_be_saved_leaves_the_old_one(old):

@@ -70,7 +70,13 @@ def test_output_error_by_hand():
 def test_matrix_error_is_that_of_the_dense_matrices(method, scale):
     site = Geometry(70, 2, 8, grid=(7, 10))
     sizes = {"window": 3, "bucket": 9, "rounds": 2, "rank": 6}
-    takes = {"window": ["window"], "window2d": ["window"], "lsh": ["bucket", "rounds"], "clusters": ["rank"], "favor": ["rank"]}
+    takes = {
+        "window": ["window"],
+        "window2d": ["window"],
+        "lsh": ["bucket", "rounds"],
+        "clusters": ["rank"],
+        "favor": ["rank"],
+    }
     layer = Scatterbrain(method, site, 0, **{p: sizes[p] for part in method.split("+") for p in takes[part]})
     q, k, v = torch.randn(3, 2, 2, 70, 8)
     call = Call(q, k, v, scale=scale)
@@ -97,7 +103,7 @@ def test_screening_takes_every_sample_once(sizes, first, count):
 Curve = list[tuple[float, float]]  # (stored per row, error)
 
 
-def allocate(curves: list[Curve], budget: float, n: int = 100) -> tuple[float, float]:
+def allocated(curves: list[Curve], budget: float, n: int = 100) -> tuple[float, float]:
     """What `allocate` spends per row, all sites together, and the squared error it leaves."""
     site = {"class": "C", "tokens": n, "heads": 1, "head_dim": 8, "decision": "patch", "reason": ""}
     plan = Plan(model="m", seed=0, budget=Budget(requested=budget), sites=[])
@@ -127,9 +133,9 @@ def test_allocation_keeps_the_budget_and_comes_near_the_best(curves, budget):
     """
     limit = budget * 100 * len(curves)
     if sum(min(s for s, _ in curve) for curve in curves) > limit:
-        assert "cannot be met" in refused(allocate, curves, budget)
+        assert "cannot be met" in refused(allocated, curves, budget)
         return
-    spent, left = allocate(curves, budget)
+    spent, left = allocated(curves, budget)
     assert spent <= limit * (1 + 1e-9)
     one_site = max(max(e**2 for _, e in curve) - min(e**2 for _, e in curve) for curve in curves)
     assert left <= best_of_all(curves, limit) + one_site + 1e-12
@@ -137,7 +143,8 @@ def test_allocation_keeps_the_budget_and_comes_near_the_best(curves, budget):
 
 @settings(max_examples=100)
 @given(
-    gains=st.lists(st.lists(st.floats(0.001, 1), min_size=1, max_size=4), min_size=1, max_size=4), budget=st.floats(0.04, 0.5)
+    gains=st.lists(st.lists(st.floats(0.001, 1), min_size=1, max_size=4), min_size=1, max_size=4),
+    budget=st.floats(0.04, 0.5),
 )
 def test_allocation_is_the_best_where_returns_diminish(gains, budget):
     """Equal steps, each worth less than the one before: then greedy is optimal."""
@@ -146,7 +153,7 @@ def test_allocation_is_the_best_where_returns_diminish(gains, budget):
         left = [sum(sorted(steps)[:i]) for i in range(len(steps), -1, -1)]  # the largest gain goes first
         curves.append([(4 * (i + 1), math.sqrt(x)) for i, x in enumerate(left)])
     limit = budget * 100 * len(curves)
-    assert allocate(curves, budget)[1] == pytest.approx(best_of_all(curves, limit), abs=1e-9)
+    assert allocated(curves, budget)[1] == pytest.approx(best_of_all(curves, limit), abs=1e-9)
 
 
 # ---- the whole

@@ -151,7 +151,13 @@ def test_model_card_holds_the_plan():
             )
             assert float(cells[10]) == pytest.approx(site.output_error, abs=1e-4)
             assert float(cells[9]) == pytest.approx(site.matrix_error, abs=1e-3)
-    for value in (plan.base_sha256, f"{plan.budget.used:.4f}", f"{plan.budget.model:.4f}", "87.5", "8 samples of `demo`"):
+    for value in (
+        plan.base_sha256,
+        f"{plan.budget.used:.4f}",
+        f"{plan.budget.model:.4f}",
+        "87.5",
+        "8 samples of `demo`",
+    ):
         assert value in card
     assert f"torch {plan.versions['torch']}" in card
     assert "None" not in card

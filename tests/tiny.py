@@ -21,6 +21,7 @@ from sbpatch.t2t_vit import T2TViT, T2TViTConfig
 
 torch.set_num_threads(1)  # for tensors this small a second thread costs time, on a busy machine fifty times as much
 
+
 def t2t(seed: int = 0, **change: Any) -> T2TViT:
     """256 tokens in stage 1 at 64 px, and weights large enough that attention is far from uniform."""
     shape = {"width": 64, "depth": 1, "heads": 1, "mlp_ratio": 2.0, "classes": 5, "token_dim": 16, "input_size": 64}

@@ -3,24 +3,28 @@
 Importing this package fills the registry; a new method is one file here, imported below (see docs/adding-a-method.md).
 """
 
-from . import (
+from . import (  # noqa: F401  each registers its parts
     bigbird,
     clusters,
     coreset,
     favor,
     favor_variants,
+    leverage,
     linear,
     longformer,
     lsh,
+    nystromformer,
     pooling,
     random_keys,
+    reformer,
     sinks,
     strided,
     top_blocks,
     top_clusters,
+    topk,
     window,
 )
 from .registry import PARTS, Geometry, parse_method, register
 from .scatterbrain import Scatterbrain
 
-__all__ = ["PARTS", "Geometry", "Scatterbrain", "clusters", "favor", "lsh", "parse_method", "register", "window"]
+__all__ = ["PARTS", "Geometry", "Scatterbrain", "parse_method", "register"]

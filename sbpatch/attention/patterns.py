@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from .registry import Tiles
+from .tiles import blocks
 
+BLOCK = 128  # queries of a tile that share a list of keys
 UNIT = 2**31  # places along a sequence are integers over this: exact, and no dtype of the model rounds them
 
 
@@ -41,11 +43,10 @@ def real_tokens(place: Tensor, n: int, key_mask: Tensor | None) -> tuple[Tensor,
 
 
 def shared_keys(key: Tensor, valid: Tensor, n: int, heads: int) -> Tiles:
-    """All n queries against one list of keys: key and valid (m,) or (B, m), the same for every head."""
-    position = torch.arange(n, device=key.device)
-    if key.ndim == 1:
-        return Tiles(position[None], key[None], valid.expand(1, n, -1), position)
-    rows = position.expand(len(key), heads, 1, -1)
-    key = key[:, None, None].expand(-1, heads, -1, -1)
-    valid = valid[:, None, None, None].expand(-1, heads, -1, n, -1)
-    return Tiles(rows, key, valid, rows.squeeze(2))
+    """All n queries, in blocks, against one list of keys: key and valid (m,), (B, m) for every head, or (B, H, m)."""
+    query, slot = blocks(-(-n // BLOCK), BLOCK, n, key.device)
+    if key.ndim == 2:
+        key, valid = (x[:, None].expand(-1, heads, -1) for x in (key, valid))
+    key = key[..., None, :].expand(*key.shape[:-1], len(query), -1)
+    valid = valid[..., None, None, :].expand(*valid.shape[:-1], *query.shape, -1)
+    return Tiles(query, key, valid, slot)

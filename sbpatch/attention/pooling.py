@@ -30,7 +30,7 @@ class Pooling(Clusters):
         if site.grid is not None and rank <= min(1, site.prefix):
             raise SbpatchError(f"pooling needs a rank of at least 2 beside class tokens, not {rank}")
         self.site = site
-        self.CAUSAL_CHUNK = math.ceil(site.tokens / rank)  # type: ignore[misc]  # the longest pool
+        self.CAUSAL_CHUNK = math.ceil(site.tokens / rank)  # the longest pool
 
     @classmethod
     def sized(cls, stored: float, site: Geometry) -> dict[str, int] | None:
@@ -55,9 +55,10 @@ class Pooling(Clusters):
     def _clusters(self, k: Tensor, v: Tensor, key_mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """As the nearest-centre clusters: pool of each key, counts, mean keys and mean values."""
         index = self._pools(k.shape[-2], k.device).expand(*k.shape[:3])
+        k, v = k.float(), v.float()
         keep = k.new_ones(k.shape[0], 1, k.shape[2]) if key_mask is None else key_mask[:, None].to(k.dtype)
         count = kmeans.counts(index, self.rank, keep)
-        mean_k, mean_v = (kmeans.sums(x.float(), index, self.rank, keep) / count.clamp(min=1) for x in (k, v))
+        mean_k, mean_v = (kmeans.sums(x, index, self.rank, keep) / count.clamp(min=1) for x in (k, v))
         return index, count, mean_k, mean_v
 
     def _summarise_causal(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Summary:

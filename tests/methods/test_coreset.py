@@ -42,7 +42,7 @@ def test_few_landmarks_reproduce_flat_attention() -> None:
         return float((out - exact).norm() / exact.norm())
 
     assert error("coreset", 24) < 0.6 * error("clusters", 24)
-    assert error("coreset", 48) < 0.25 * error("clusters", 48)
+    assert error("coreset", 48) < 0.5 * error("clusters", 48)
 
 
 def test_as_many_landmarks_as_keys_are_exact_up_to_the_jitter() -> None:

@@ -1,0 +1,407 @@
+"""The command line: what users type, what they get back, and one clear line where it cannot be."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from io import BytesIO
+from pathlib import Path
+
+import onnxruntime
+import pytest
+import torch
+from PIL import Image
+from tiny import t2t
+
+import sbpatch
+from sbpatch import cli, evaluate
+from sbpatch.data import batches, open_images
+from sbpatch.models import load_checkpoint
+
+ROOT = Path(__file__).parents[1]
+CALIBRATED = ["README.md", "config.json", "model.safetensors", "report.png", "sbpatch.json"]
+QUICK = ["--samples", "3", "--budget", "0.2", "--data", "images", "--quiet"]
+
+
+def jpeg(level: int) -> bytes:
+    file = BytesIO()
+    Image.radial_gradient("L").resize((80, 64)).point(lambda v: (v + level) % 256).convert("RGB").save(file, "JPEG")
+    return file.getvalue()
+
+
+@pytest.fixture(autouse=True)
+def place(tmp_path, monkeypatch) -> Path:
+    """An empty folder to work in, with a tiny model, images of three classes, and no network."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sbpatch.weights._answers", lambda url: False)
+    monkeypatch.delenv("IMAGENET_DIR", raising=False)
+    torch.save({"state_dict_ema": t2t().state_dict()}, "tiny.pth")
+    for i in range(9):
+        folder = Path("images", "abc"[i % 3])
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{i}.jpg").write_bytes(jpeg(25 * i))
+    return tmp_path
+
+
+def files() -> dict[str, bytes]:
+    return {str(p): p.read_bytes() if p.is_file() else b"" for p in sorted(Path().rglob("*"))}
+
+
+def command(*args: str) -> int:
+    """Run `sbpatch ARGS` in this process, as `main` does; the exit code."""
+    before = sys.argv
+    sys.argv = ["sbpatch", *args]
+    try:
+        cli.main()
+    except SystemExit as done:
+        return done.code or 0
+    finally:
+        sys.argv = before
+    return 0
+
+
+def process(*args: str) -> subprocess.CompletedProcess[str]:
+    """Run `sbpatch ARGS` as users do."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "2"}
+    arguments = [sys.executable, "-m", "sbpatch.cli", *args]
+    return subprocess.run(arguments, capture_output=True, text=True, env=environment, timeout=500)
+
+
+def fails(capsys, *args: str) -> str:
+    """The only line on standard error of a refused command; nothing on standard output, nothing written."""
+    before = files()
+    assert command(*args) == 1
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith("sbpatch: ")
+    assert printed.err.count("\n") == 1
+    assert files() == before
+    return printed.err
+
+
+@pytest.fixture
+def patched(place) -> Path:
+    assert command("calibrate", "tiny.pth", "-o", "out", *QUICK) == 0
+    return Path("out")
+
+
+# ---- what comes back
+
+
+def test_inspect(capsys):
+    assert command("inspect", "tiny.pth", "--json", "-", "--quiet") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["model"] == "tiny.pth"
+    assert [(s["name"], s["tokens"], s["decision"]) for s in found["sites"]] == [
+        ("tokens_to_token.attention1.attn", 256, "patch"),
+        ("tokens_to_token.attention2.attn", 64, "exact"),
+        ("blocks.0.attn", 17, "exact"),
+    ]
+    assert command("inspect", "tiny.pth", "--input-size", "128") == 0
+    assert {"1024", "256"} <= set(capsys.readouterr().out.split())
+    assert [str(p) for p in Path().iterdir() if p.name not in ("images", "tiny.pth")] == []
+
+
+def test_calibrate_writes_a_directory_that_loads(capsys):
+    assert command("calibrate", "tiny.pth", "-o", "out", *QUICK, "--json", "plan.json", "--method", "clusters") == 0
+    assert capsys.readouterr().out == ""
+    assert sorted(p.name for p in Path("out").iterdir()) == CALIBRATED
+    plan = json.loads(Path("plan.json").read_text())
+    assert plan == json.loads(Path("out/sbpatch.json").read_text())
+    assert plan.keys() >= {"model", "seed", "versions", "sites", "budget", "base_sha256"}
+    assert plan["budget"].keys() == {"requested", "used", "model"}
+    assert plan["budget"]["requested"] == 0.2
+    assert 0 < plan["budget"]["used"] <= 0.2 < plan["budget"]["model"] < 1
+    assert plan["base_sha256"] == load_checkpoint("tiny.pth").sha256
+    assert plan["data"]["samples"] == 3
+    (site,) = [s for s in plan["sites"] if s["decision"] == "patch"]
+    assert site.keys() >= {
+        "method",
+        "rank",
+        "nnz",
+        "budget",
+        "entropy",
+        "entropy_ratio",
+        "matrix_error",
+        "output_error",
+    }
+    x = torch.randn(1, 3, 64, 64)
+    with torch.inference_mode():
+        assert torch.isfinite(sbpatch.load("out")(x)).all()
+
+
+def test_calibrate_prints_a_table_and_the_next_command(capsys):
+    assert command("calibrate", "tiny.pth", "-o", "out", *[a for a in QUICK if a != "--quiet"]) == 0
+    printed = capsys.readouterr()
+    assert "tokens_to_token.attention1.attn" in printed.out
+    assert "sbpatch eval out" in printed.out
+    assert "Traceback" not in printed.err
+
+
+def test_two_runs_write_the_same_files(patched):
+    first = {p.name: p.read_bytes() for p in patched.iterdir()}
+    assert command("calibrate", "tiny.pth", "-o", "out", *QUICK) == 0
+    assert {p.name: p.read_bytes() for p in patched.iterdir()} == first
+    assert command("calibrate", "tiny.pth", "-o", "out", *QUICK, "--seed", "1") == 0
+    assert (patched / "sbpatch.json").read_bytes() != first["sbpatch.json"]
+
+
+def test_dry_run_writes_nothing(capsys):
+    before = files()
+    assert command("calibrate", "tiny.pth", *QUICK, "--dry-run", "--json", "-") == 0
+    assert json.loads(capsys.readouterr().out)["budget"]["used"] <= 0.2
+    assert files() == before
+
+
+def test_recipe_and_the_flags_before_it(capsys):
+    Path("r.yaml").write_text(
+        "budget: 0.3\nmin_tokens: 64\nsites:\n"
+        "  '*attention1*': {method: window, window: 11}\n  '*2*': {method: clusters, rank: 5}"
+    )
+    run = ["calibrate", "tiny.pth", "--data", "images", "--samples", "3", "--quiet", "--dry-run", "--json", "-"]
+    assert command(*run, "--recipe", "r.yaml") == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["budget"]["requested"] == 0.3
+    assert [s.get("window", s.get("rank")) for s in plan["sites"] if s["decision"] == "patch"] == [11, 5]
+    assert command(*run, "--recipe", "r.yaml", "--budget", "0.25", "--exclude", "*2*") == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["budget"]["requested"] == 0.25
+    assert [s["decision"] for s in plan["sites"]] == ["patch", "exact", "exact"]
+
+
+@torch.inference_mode()
+def test_evaluated_model_is_the_one_that_loads(patched):
+    checkpoint = load_checkpoint(str(patched))
+    x, _ = next(batches(open_images("images", checkpoint.preprocessing), 9))
+    logits = {v: evaluate.build(evaluate.Subject(str(patched)), v, x[:1])(x) for v in evaluate.VARIANTS}
+    assert torch.equal(logits["patched"], sbpatch.load(patched)(x))
+    assert torch.equal(logits["sdpa"], t2t()(x))
+    assert not torch.equal(logits["patched"], logits["sdpa"])
+    torch.testing.assert_close(logits["eager"], logits["sdpa"], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("form", ["pt2", "onnx", "safetensors"])
+@torch.inference_mode()
+def test_exported_model_gives_the_same_logits(patched, form, capsys):
+    assert command("export", "out", "--format", form, "--quiet", "--json", "-") == 0
+    result = json.loads(capsys.readouterr().out)
+    path = Path(result["path"])
+    assert path.name == {"pt2": "out.pt2", "onnx": "out.onnx", "safetensors": "out-export"}[form]
+    assert result["difference"] < 1e-4
+    x = torch.randn(4, 3, 64, 64)  # another batch size than it was exported with
+    expected = sbpatch.load("out")(x)
+    if form == "pt2":
+        found = torch.export.load(path).module()(x)
+    elif form == "onnx":
+        found = torch.from_numpy(onnxruntime.InferenceSession(path).run(None, {"images": x.numpy()})[0])
+    else:
+        found = sbpatch.load(path)(x)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    assert {p.name for p in Path().iterdir()} == {"images", "tiny.pth", "out", path.name}
+
+
+def test_version_and_help(capsys):
+    assert command("--version") == 0
+    assert sbpatch.__version__ in capsys.readouterr().out
+    for name in ("inspect", "calibrate", "eval", "export"):
+        assert command(name, "--help") == 0
+        assert "--json" in capsys.readouterr().out
+
+
+# ---- what is refused
+
+
+def odd_checkpoint(change) -> str:
+    state = dict(t2t().state_dict())
+    change(state)
+    torch.save(state, "odd.pth")
+    return "odd.pth"
+
+
+@pytest.mark.parametrize(
+    ("prepare", "said"),
+    [
+        (lambda: "~nobody-here/model", "no such file or directory"),
+        (lambda: "nowhere.pth", "no such file or directory: nowhere.pth"),
+        (lambda: Path("cut.pth").write_bytes(Path("tiny.pth").read_bytes()[:9000]) and "cut.pth", "damaged"),
+        (lambda: odd_checkpoint(lambda s: s.pop("norm.bias")), "lacks norm.bias"),
+        (lambda: odd_checkpoint(lambda s: s.update(extra=torch.zeros(1))), "has unknown extra"),
+        (lambda: odd_checkpoint(lambda s: s.update({"norm.bias": torch.zeros(3)})), "wrong shape for norm.bias"),
+        (lambda: "vit_tinny_patch16_224", "did you mean"),
+        (lambda: "t2t-vit-dmo", "t2t-vit-demo"),
+        (lambda: "images", "config.json"),
+        (lambda: "timm/test_vit.r160_in1k", "--checkpoint FILE"),
+    ],
+)
+@pytest.mark.parametrize("verb", ["inspect", "calibrate", "eval"])
+def test_models_that_cannot_be_had(capsys, verb, prepare, said, monkeypatch, tmp_path):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    options = {"inspect": [], "calibrate": ["-o", "new"], "eval": ["--dataset", "images"]}[verb]
+    assert said in fails(capsys, verb, prepare(), *options)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--data", "dem0"], "did you mean demo"),
+        (["--data", "empty"], "one folder of images per class"),
+        (["--data", "hollow"], "one folder of images per class"),
+        (["--data", "nowhere/at/all"], "no such file or directory"),
+        (["--data", "broken", "--samples", "2"], "cannot be read as an image"),
+        (["--data", "images", "--samples", "10"], "has 9 images, 10 were asked for"),
+        (["--budget", "0.0001"], "budget 0.0001"),
+        (["--budget", "0"], "budget 0 is not a share"),
+        (["--budget", "1.5"], "budget 1.5 is not a share"),
+        (["--method", "clusers"], "did you mean clusters"),
+        (["--method", "window+lsh"], "two sparse parts"),
+        (["--exclude", "*"], "nothing to patch"),
+        (["--include", "typo*"], "nothing to patch"),
+        (["--recipe", "nowhere.yaml"], "no recipe at nowhere.yaml"),
+        (["--recipe", "tiny.pth"], "tiny.pth"),
+        (["--recipe", "bad.yaml"], "budgte"),
+        (["--recipe", "site.yaml"], "window"),
+        (["--recipe", "list.yaml"], "list.yaml"),
+        (["-o", "images"], "holds something else"),
+        (["-o", "tiny.pth"], "is a file"),
+        (["-o", "no/where"], "no directory"),
+        (["-o", "."], "the current directory"),
+        (["--data", "~nobody-here/images"], "no such file or directory"),
+        (["--input-size", "100"], "multiple of 16"),
+        (["--device", "cuda"], "no CUDA device"),
+    ],
+)
+def test_calibrations_that_cannot_be(capsys, options, said):
+    if "cuda" in options and torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    for folder in ("empty", "hollow/a", "hollow/b", "broken/a", "broken/b"):
+        Path(folder).mkdir(parents=True)
+    Path("broken/a/1.jpg").write_bytes(jpeg(1)[:200])
+    Path("broken/b/2.jpg").write_bytes(jpeg(1))
+    Path("bad.yaml").write_text("budgte: 0.3")
+    Path("site.yaml").write_text("sites: {'*': {method: window, window: wide}}")
+    Path("list.yaml").write_text("- 1\n- 2")
+    assert said in fails(capsys, "calibrate", "tiny.pth", "-o", "new", *QUICK, *options)
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["eval", "--dataset", "images"], "sbpatch calibrate MODEL -o sbpatch-out"),
+        (["eval", "out", "--dataset", "dem0"], "did you mean demo"),
+        (["eval", "out", "--dataset", "broken"], "1 of 2 images cannot be read, the first is broken/a/1.jpg"),
+        (["eval", "out", "--dataset", "imagenet-val", "--data-dir", "images"], "neither class folders"),
+        (["export"], "sbpatch calibrate MODEL -o sbpatch-out"),
+        (["export", "images"], "no plan at images/sbpatch.json"),
+        (["export", "out", "-o", "images"], "images"),
+        (["export", "out", "-o", "no/where.pt2"], "cannot write no/where.pt2"),
+        (["export", "out", "--format", "safetensors", "-o", "images"], "holds something else"),
+        (["export", "out", "--format", "safetensors", "-o", "out/copy"], "into itself"),
+        (["export", "damaged"], "damaged/sbpatch.json is not a plan"),
+    ],
+)
+def test_evaluations_and_exports_that_cannot_be(patched, capsys, args, said):
+    for name in ("broken/a", "broken/b", "damaged"):
+        Path(name).mkdir(parents=True)
+    Path("broken/a/1.jpg").write_bytes(jpeg(1)[:200])
+    Path("broken/b/2.jpg").write_bytes(jpeg(1))
+    Path("damaged/sbpatch.json").write_text("{")
+    assert said in fails(capsys, *args, "--quiet")
+
+
+@pytest.mark.parametrize("target", ["images", "no/where.json"])
+def test_json_has_a_place_to_go(capsys, target):
+    """And is refused before the work, not after it."""
+    assert f"cannot write {target}" in fails(capsys, "calibrate", "tiny.pth", *QUICK, "-o", "new", "--json", target)
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        [],
+        ["calibrat", "tiny.pth"],
+        ["calibrate"],
+        ["calibrate", "tiny.pth", "--samples", "0"],
+        ["calibrate", "tiny.pth", "--budget", "much"],
+        ["calibrate", "tiny.pth", "--seed", "-1"],
+        ["calibrate", "tiny.pth", "--device", "tpu"],
+        ["calibrate", "tiny.pth", "--nonsense"],
+        ["eval", "tiny.pth"],
+        ["eval", "tiny.pth", "--dataset", "images", "--limit", "0"],
+        ["export", "out", "--format", "exe"],
+    ],
+)
+def test_wrong_use_is_code_2(args, capsys):
+    before = files()
+    assert command(*args) == 2
+    assert "Traceback" not in capsys.readouterr().err
+    assert files() == before
+
+
+# ---- as users run it
+
+
+def test_refusal_of_the_real_process():
+    run = process("calibrate", "t2t-vit-dmeo", "-o", "new")
+    assert run.returncode == 1
+    assert run.stdout == ""
+    assert run.stderr.startswith("sbpatch: unknown model 't2t-vit-dmeo': did you mean t2t-vit-demo")
+    assert run.stderr.count("\n") == 1
+    assert not Path("new").exists()
+
+
+@pytest.mark.slow
+def test_demo_from_calibration_to_export():
+    Path("fixed.yaml").write_text(
+        "sites:\n  '*attention1*': {method: clusters, rank: 90}\n"
+        "  '*attention2*': {method: window2d+clusters, window: 3, rank: 20}"
+    )
+    run = process(
+        "calibrate",
+        "t2t-vit-demo",
+        "--samples",
+        "2",
+        "--budget",
+        "0.05",
+        "--recipe",
+        "fixed.yaml",
+        "--json",
+        "plan.json",
+    )
+    assert run.returncode == 0, run.stderr
+    assert "Traceback" not in run.stderr
+    assert json.loads(Path("plan.json").read_text())["data"]["source"] == "demo"
+    assert sorted(p.name for p in Path("sbpatch-out").iterdir()) == CALIBRATED
+
+    run = process("eval", "--dataset", "demo", "--limit", "8", "--json", "eval.json")
+    assert run.returncode == 0, run.stderr
+    result = json.loads(Path("eval.json").read_text())
+    assert result.keys() >= {"model", "dataset", "samples", "device", "dtype", "versions", "variants"}
+    assert (result["model"], result["dataset"], result["samples"]) == ("t2t-vit-demo", "demo", 8)
+    eager, exact, patched = (result["variants"][name] for name in ("eager", "sdpa", "patched"))
+    for figures in (eager, exact, patched):
+        assert figures.keys() == {
+            *(
+                "top1",
+                "top5",
+                "agreement",
+                "latency_ms",
+                "samples_per_second",
+                "peak_memory_bytes",
+                "attention_memory_bytes",
+            )
+        }
+    assert exact["agreement"] == eager["agreement"] == 100
+    assert exact["top1"] == eager["top1"] > 80
+    assert patched["agreement"] > 70
+    # one 3136 x 3136 matrix a sample, twice, in float32, against the few entries that the patch holds
+    assert eager["peak_memory_bytes"] > 8 * 2 * 4 * 3136**2 > 4 * patched["peak_memory_bytes"]
+    assert eager["attention_memory_bytes"] == 4 * (3136**2 + 784**2 + 4 * 2 * 197**2)
+
+    for form in ("pt2", "onnx", "safetensors"):
+        run = process("export", "--format", form, "--quiet", "--json", "-")
+        assert run.returncode == 0, run.stderr
+        result = json.loads(run.stdout)
+        assert result["difference"] < 1e-3
+        assert Path(result["path"]).exists()
