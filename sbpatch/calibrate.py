@@ -97,15 +97,16 @@ def calibrate(
                 candidates[site.name] = [Candidate(layer.to(device))]
     _measure_errors(model, candidates, look, progress, "trying splits")
     entries = {site.name: site for site in plan.patched}
-    candidates = {name: promising(tried, entries[name]) for name, tried in candidates.items()}
+    tried = {name: len(layers) for name, layers in candidates.items()}
+    candidates = {name: promising(layers, entries[name]) for name, layers in candidates.items()}
     _measure_errors(model, candidates, rest, progress, "comparing the best")
     if method == "auto":
-        candidates = {name: worth_their_time(tried, entries[name]) for name, tried in candidates.items()}
+        candidates = {name: worth_their_time(layers, entries[name]) for name, layers in candidates.items()}
     chosen = allocate(plan, candidates)
     for i, site in enumerate(plan.sites):
         if site.name in chosen:
             site.use(chosen[site.name].layer, site_seed(seed, i))
-            site.reason = _why(site, chosen[site.name], candidates[site.name])
+            site.reason = _why(site, chosen[site.name].layer, tried[site.name])
     plan.settle_budget()
     _measure_plan(model, plan, batches, progress)
     return plan
@@ -232,14 +233,13 @@ def _measure_plan(model: nn.Module, plan: Plan, batches: Sequence[Tensor], progr
     plan.agreement = 100.0 * same / sum(len(exact) for exact in exact_outputs)
 
 
-def _why(site: SitePlan, chosen: Candidate, tried: list[Candidate]) -> str:
+def _why(site: SitePlan, layer: Scatterbrain, tried: int) -> str:
     """One line for the report: what the entropy rule would have taken, and what the measurement took."""
     assert site.entropy_ratio is not None
-    split = chosen.layer
-    if len(tried) == 1:
+    if tried == 1:
         return "set by the recipe"
-    share = (split.low_rank.stored if split.low_rank is not None else 0.0) / split.stored
+    share = (layer.low_rank.stored if layer.low_rank is not None else 0.0) / layer.stored
     return (
-        f"entropy {site.entropy_ratio:.2f} of ln n suggests {site.entropy_ratio:.0%} low-rank; of {len(tried)} layers tried, "
-        f"{split.method} with {share:.0%} low-rank had the error that paid best"
+        f"entropy {site.entropy_ratio:.2f} of ln n suggests {site.entropy_ratio:.0%} low-rank; of {tried} layers tried, "
+        f"{layer.method} with {share:.0%} low-rank had the error that paid best"
     )

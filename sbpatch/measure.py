@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -20,6 +23,20 @@ def elapsed_ms(work: Callable[[], Any], device: torch.device) -> tuple[Any, floa
     return result, 1e3 * (time.perf_counter() - start)
 
 
+@contextmanager
+def _native_stderr_closed() -> Iterator[None]:
+    """The profiler's native library reports its own start, its stop and each missing GPU on standard error."""
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
+
+
 def peak_memory_bytes(work: Callable[[], Any], device: torch.device) -> int:
     """Most bytes that PyTorch's allocator holds at once for `work()`, above what it held before.
 
@@ -33,7 +50,7 @@ def peak_memory_bytes(work: Callable[[], Any], device: torch.device) -> int:
         work()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    with _native_stderr_closed(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         work()
     held = peak = 0
     kineto = profile.profiler.kineto_results

@@ -80,21 +80,21 @@ def eval_table(result: Mapping[str, Any]) -> RenderableType:
     """Eager, SDPA and patched side by side, time and memory also as ratios to SDPA."""
     title = f"{result['model']} on {result['dataset']}"
     table = _table(
-        title, variant="left", top1="right", top5="right", agree="right", ms="right", speed="right", samples="right",
-        peak="right", of_SDPA="right", stored="right",
+        title, variant="left", top1="right", top5="right", agree="right", ms="right", speed="right", peak="right",
+        of_SDPA="right", stored="right",
     )  # fmt: skip
     base = result["variants"]["sdpa"]
     for variant, v in result["variants"].items():
         table.add_row(
             variant, *(_number(v.get(key), ".2f") for key in ("top1", "top5", "agreement")),
-            f"{v['latency_ms']:.1f}", f"{base['latency_ms'] / v['latency_ms']:.2f}x", f"{v['samples_per_second']:.1f}",
+            f"{v['latency_ms']:.1f}", f"{base['latency_ms'] / v['latency_ms']:.2f}x",
             _bytes(v["peak_memory_bytes"]), f"{v['peak_memory_bytes'] / base['peak_memory_bytes']:.2f}x",
             _bytes(v["attention_memory_bytes"]), style="bold" if variant == "patched" else None,
         )  # fmt: skip
     setting = (
         f"{result['samples']} samples in batches of {result['batch_size']}; {result['device']}, {result['dtype']}, torch "
         f"{result['versions']['torch']}. top1, top5, agree (top-1 as the exact model's): percent · ms: median of a batch · "
-        "samples: a second · speed: against SDPA · peak: PyTorch's allocations for one batch, weights apart · "
+        "speed: against SDPA · peak: PyTorch's allocations for one batch, weights apart · "
         "stored: by the attention of all sites for one sample, by the budget's accounting"
     )
     return Group(table, Text(setting, style="dim"))

@@ -43,7 +43,7 @@ class Clusters(nn.Module):
     def _clusters(self, k: Tensor, v: Tensor, key_mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Cluster of each key (B, H, n), then counts (B, H, m, 1), mean keys and mean values (B, H, m, d), float32."""
         k = k.float()
-        index, _ = kmeans.nearest(k.detach(), kmeans.lloyd(k.detach(), key_mask, self.rank, self.steps))
+        index = kmeans.nearest(k.detach(), kmeans.lloyd(k.detach(), key_mask, self.rank, self.steps))[0]
         keep = k.new_ones(k.shape[0], 1, k.shape[2]) if key_mask is None else key_mask[:, None, :].to(k.dtype)
         count = kmeans.counts(index, self.rank, keep)
         mean_k, mean_v = (
@@ -54,11 +54,14 @@ class Clusters(nn.Module):
 
     # -- attention -------------------------------------------------------------------------------------------------
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Tensor:
-        """Without a sparse part this is plain attention over the clusters, log-counts as the bias: one fused call."""
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, scale: float = 1.0) -> Tensor:
+        """Without a sparse part this is plain attention over the clusters, log-counts as the bias: one fused call.
+
+        q, k, v are read where they lie: no scaled copies, so that the peak stays below that of exact fused attention.
+        """
         _, count, mean_k, mean_v = self._clusters(k, v, key_mask)
         bias = count.log().mT.to(q.dtype).expand(-1, -1, q.shape[-2], -1)  # empty: -inf
-        return F.scaled_dot_product_attention(q, mean_k.to(q.dtype), mean_v.to(q.dtype), attn_mask=bias, scale=1.0)
+        return F.scaled_dot_product_attention(q, mean_k.to(q.dtype), mean_v.to(q.dtype), attn_mask=bias, scale=scale)
 
     def summarise(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Summary:
         q, k, v = q.float(), k.float(), v.float()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -35,18 +37,25 @@ def sums(rows: Tensor, index: Tensor, m: int, keep: Tensor | None) -> Tensor:
 
     On a CPU rows are added in their order. On a GPU that would be a race, so there it is a product with the one-hot matrix.
     """
-    if keep is not None:
-        rows = rows * keep[..., None]
     batch, heads, _, e = rows.shape
     if not rows.is_cuda:
-        offset = torch.arange(batch * heads, device=rows.device).view(batch, heads, 1) * m
-        out = rows.new_zeros(batch * heads * m, e).index_add(0, (index + offset).flatten(), rows.reshape(-1, e))
+        first = torch.arange(batch * heads, device=rows.device).view(batch, heads, 1) * m
+        out = rows.new_zeros(batch * heads * m, e)
+        for part, where in _chunks(rows, index, keep):
+            out = out.index_add(0, (where + first).flatten(), part.reshape(-1, e))
         return out.view(batch, heads, m, e)
     total = rows.new_zeros(batch, heads, m, e)
-    for part, where in zip(rows.split(CHUNK, 2), index.split(CHUNK, 2), strict=True):
+    for part, where in _chunks(rows, index, keep):
         one_hot = rows.new_zeros(*where.shape, m).scatter(-1, where[..., None], 1.0)
         total = total + one_hot.mT @ part
     return total
+
+
+def _chunks(rows: Tensor, index: Tensor, keep: Tensor | None) -> Iterator[tuple[Tensor, Tensor]]:
+    """Runs of `CHUNK` rows, zero where they are padding, and their clusters."""
+    kept = [None] * len(rows.split(CHUNK, 2)) if keep is None else keep.split(CHUNK, 2)
+    for part, where, real in zip(rows.split(CHUNK, 2), index.split(CHUNK, 2), kept, strict=True):
+        yield part if real is None else part * real[..., None], where
 
 
 def strided(k: Tensor, key_mask: Tensor | None, count: int) -> Tensor:

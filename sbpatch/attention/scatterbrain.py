@@ -82,12 +82,12 @@ class Scatterbrain(nn.Module):
 
         A query that no real key is left for gets zeros, as in PyTorch's own attention.
         """
-        half = (q.shape[-1] ** -0.5 if scale is None else scale) ** 0.5
-        q, k = q * half, k * half  # from here on the logits are q.k
+        scale = q.shape[-1] ** -0.5 if scale is None else scale
+        if self.support is None and isinstance(self.low_rank, Clusters):
+            return self.low_rank.attend(q, k, v, key_mask, scale)
+        q, k = q * scale**0.5, k * scale**0.5  # from here on the logits are q.k
         if self.low_rank is not None and self.low_rank.kind == "whole":
             return self.low_rank(q, k, v, key_mask)
-        if self.support is None and isinstance(self.low_rank, Clusters):
-            return self.low_rank.attend(q, k, v, key_mask)
         summary = self.low_rank.summarise(q, k, v, key_mask) if self.low_rank is not None else None
         exact, covered = self._sparse(q, k, v, key_mask, None if self.naive else summary)
         if summary is not None:
