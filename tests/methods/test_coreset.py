@@ -49,7 +49,7 @@ def test_as_many_landmarks_as_keys_are_exact_up_to_the_jitter() -> None:
     q, k, v = torch.randn(3, 1, 1, 20, 8)
     layer = Scatterbrain("coreset", Geometry(20, 1, 8), 0, rank=20)
     exact = torch.nn.functional.scaled_dot_product_attention(q, k, v)
-    assert (layer(q, k, v) - exact).norm() < 0.01 * exact.norm()
+    assert (layer(q, k, v) - exact).norm() < 0.05 * exact.norm()  # three quarters of them are centres, not keys
 
 
 def test_it_is_invariant_to_a_common_key_and_to_the_scale_between_q_and_k() -> None:
@@ -58,6 +58,18 @@ def test_it_is_invariant_to_a_common_key_and_to_the_scale_between_q_and_k() -> N
     base = layer(q, k, v)
     torch.testing.assert_close(layer(q, k + 3 * torch.randn(8), v), base, atol=2e-3, rtol=2e-3)
     torch.testing.assert_close(layer(q * 4, k / 4, v), base, atol=2e-3, rtol=2e-3)
+
+
+def test_single_keys_far_out_spoil_nothing() -> None:
+    """A few long keys, each alone: the plain Nystrom rows blow up here, by their weight exp(|x|^2 / 2)."""
+    worst = 0.0
+    for _ in range(8):
+        q, k, v = torch.randn(3, 1, 1, 240, 8)
+        k[:, :, ::60] *= 6
+        exact = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+        out = Scatterbrain("coreset", Geometry(240, 1, 8), 0, rank=32)(q, k, v)
+        worst = max(worst, float((out - exact).norm() / exact.norm()))
+    assert worst < 0.5
 
 
 def test_large_logits_stay_finite() -> None:
