@@ -78,7 +78,9 @@ class Clusters(nn.Module):
 
         def entries(tiles: Tiles) -> Tensor:
             logits = take(q, tiles.query) @ mean_k[:, :, None].mT  # (B, H, G, bq, m), cheaper again than kept
-            return columns((logits - take(shift, tiles.query)).exp(), take(own[..., None], tiles.key).squeeze(-1))
+            # at most 0 where it counts; above it are clusters of padding alone, which would be inf here and NaN in gradients
+            weight = (logits - take(shift, tiles.query)).clamp(max=0).exp()
+            return columns(weight, take(own[..., None], tiles.key).squeeze(-1))
 
         return Summary(shift, total[..., :-1], total[..., -1:], entries)
 

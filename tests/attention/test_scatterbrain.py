@@ -168,7 +168,8 @@ def test_hash_rounds_count_nothing_twice(rounds: int, low: str) -> None:
     ]
     assert rounds == 1 or support.sum() < singly[0] * rounds * 0.9  # there are repeats to be counted twice
     found = unnormalise(probe(layer, q, k), exact.log(), support)
-    torch.testing.assert_close(found[support], exact[support], rtol=2e-4, atol=0)
+    # atol: what a key leaves of its cluster's float32 sums is zero up to their rounding, whatever the size of its own entry
+    torch.testing.assert_close(found[support], exact[support], rtol=2e-4, atol=3e-5 if low == "+clusters" else 0)
     if not low:
         assert found[~support].abs().max() == 0
 
