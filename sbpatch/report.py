@@ -176,7 +176,7 @@ def plot_plan(plan: Plan, path: Path) -> None:
     patched = plan.patched
     measured = [s for s in plan.sites if s.entropy is not None]
     figure = Figure(figsize=(12, 1.8 + 0.3 * max(len(measured), 2 * len(patched), 6)), layout="constrained")
-    left, middle, right = figure.subplots(1, 3, width_ratios=(1.2, 1, 1))
+    left, middle, right = figure.subplots(1, 3, width_ratios=(1.1, 1.1, 0.8))
     for y, site in enumerate(measured):
         colour = BLUE if site.decision == "patch" else GREY
         assert site.entropy is not None
@@ -194,15 +194,15 @@ def plot_plan(plan: Plan, path: Path) -> None:
     middle.barh(range(len(patched)), low_rank, height=0.5, left=sparse, color=BLUE, label="low-rank")
     middle.axvline(100 * plan.budget.used, color="black", linewidth=1, linestyle="--", label="average")
     middle.set_yticks(range(len(patched)), names, fontsize=8)
-    middle.set(title="stored, % of the exact entries", ylim=(-0.6, len(patched) - 0.1 + 0.5))
-    middle.legend(fontsize=8, loc="upper right")
+    middle.set(title="stored, % of the exact entries")
+    middle.legend(fontsize=8, loc="best")
     bars = right.barh(range(len(patched)), [s.output_error or 0 for s in patched], height=0.5, color=GREEN)
     right.bar_label(bars, fmt="%.3f", fontsize=8, padding=3)
-    right.set_yticks(range(len(patched)), [_short(s.name) for s in patched], fontsize=8)
-    right.set(title="output error ||O' - O|| / ||O||", ylim=(-0.6, len(patched) - 0.1 + 0.5))
-    right.margins(x=0.15)
-    for axes in (left, middle, right):
-        axes.invert_yaxis()
+    right.set_yticks(range(len(patched)), [""] * len(patched))  # the names stand beside the middle
+    right.set(title="output error")
+    right.margins(x=0.2)
+    for axes, rows in ((left, len(measured)), (middle, len(patched)), (right, len(patched))):
+        axes.set_ylim(rows - 0.4, -0.6)  # first site on top
         axes.spines[["top", "right"]].set_visible(False)
     agreement = "" if plan.agreement is None else f", agreement {plan.agreement:.1f} % on the calibration sample"
     figure.suptitle(f"{plan.model}: {plan.budget.used:.1%} of the entries of its patched sites{agreement}", fontsize=11)

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from sbpatch.attention import Geometry, Scatterbrain
 from sbpatch.attention.clusters import Clusters
-from sbpatch.attention.kmeans import SAMPLE
 from sbpatch.attention.favor import Favor
+from sbpatch.attention.kmeans import SAMPLE
 from sbpatch.attention.lsh import Lsh
 from sbpatch.attention.window import Window
 

@@ -1,0 +1,72 @@
+"""What README and docs tell a reader to type works: every `bash` block runs, every `python` block too."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+
+
+def run(arguments: list[str], folder: Path) -> None:
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 0, f"{arguments}: {done.stderr[-2000:]}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "bash")], ids=lambda p: p.name)
+def test_command_lines_run(page: Path, tmp_path: Path) -> None:
+    lines = [line for block in blocks(page, "bash") for line in block.splitlines() if line.startswith("sbpatch ")]
+    assert lines
+    for line in lines:
+        run(["-m", "sbpatch.cli", *shlex.split(line, comments=True)[1:]], tmp_path)
+
+
+@pytest.mark.slow
+def test_python_of_the_readme_runs(tmp_path: Path) -> None:
+    for i, block in enumerate(blocks(ROOT / "README.md", "python")):
+        (tmp_path / f"block{i}.py").write_text(block, encoding="utf-8")
+        run([f"block{i}.py"], tmp_path)
+
+
+def test_set_up_commands_name_what_the_project_has() -> None:
+    """The two set-up lines need a network for pip, so CI runs them itself; here: that their parts exist."""
+    setup = [
+        line for line in "".join(blocks(ROOT / "README.md", "bash")).splitlines() if line.startswith("python3 -m venv")
+    ]
+    assert len(setup) == 2
+    assert "sbpatch calibrate t2t-vit-demo" in setup[0]
+    assert "'.[dev]'" in setup[1]
+    assert "pytest" in setup[1]
+    ci = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    assert "'.[dev]'" in ci
+    assert "python -m pytest" in ci
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    for target in re.findall(r"\]\((?!https?://)([^)#]+)\)", text):
+        assert (page.parent / target).exists(), target
+    for recipe in re.findall(r"`(recipes/[\w.-]+)`", text):
+        assert (ROOT / recipe).exists(), recipe
