@@ -51,6 +51,7 @@ def calibrate(
     exclude: Sequence[str] = (),
     min_tokens: int = MIN_TOKENS,
     fixed: Mapping[str, SiteSetting] = MappingProxyType({}),
+    uniform: bool = False,
     name: str = "",
     progress: Progress[Any] = no_progress,
 ) -> Plan:
@@ -64,6 +65,7 @@ def calibrate(
         seed: of everything random; the same seed gives the same plan and the same tensors.
         include, exclude: shell patterns over site names; a site must match one of `include`, where given.
         min_tokens: sites with fewer tokens stay exact.
+        uniform: the budget at each site instead of on their average, and a joined method always joined.
         fixed: settings by shell pattern over site names, taken as they are instead of a search.
 
     Raises:
@@ -91,7 +93,7 @@ def calibrate(
         if site.decision == "patch":
             setting = next((s for pattern, s in fixed.items() if fnmatch(site.name, pattern)), None)
             if setting is None:
-                candidates[site.name] = candidates_for(site, plan, i, method, device)
+                candidates[site.name] = candidates_for(site, plan, i, method, device, uniform)
             else:
                 layer = Scatterbrain(setting.method, site.geometry, site_seed(seed, i), **setting.parameters)
                 candidates[site.name] = [Candidate(layer.to(device))]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .attention import PARTS, Scatterbrain, parse_method
+from .attention.registry import NAIVE
 from .errors import SbpatchError
 from .fidelity import output_error
 from .plan import Plan, SitePlan
@@ -46,8 +47,13 @@ def site_seed(seed: int, index: int) -> int:
     return seed * 10_007 + 2 * index
 
 
-def candidates_for(site: SitePlan, plan: Plan, index: int, method: str, device: torch.device) -> list[Candidate]:
-    """Layers to try at a site: methods x splits x budgets, simplest first, none that the whole budget could not pay for."""
+def candidates_for(
+    site: SitePlan, plan: Plan, index: int, method: str, device: torch.device, uniform: bool = False
+) -> list[Candidate]:
+    """Layers to try at a site: methods x splits x budgets, simplest first, none that the whole budget could not pay for.
+
+    `uniform`: every site at the budget itself, and joined methods joined, as a comparison of methods wants it.
+    """
     assert site.entropy_ratio is not None
     if method == "auto":
         local = "window2d" if site.grid is not None else "window"
@@ -56,16 +62,19 @@ def candidates_for(site: SitePlan, plan: Plan, index: int, method: str, device: 
         methods = [method]
     whole = sum(s.entries for s in plan.patched)
     tried: dict[str, Candidate] = {}
-    for level in LEVELS:
+    for level in (1.0,) if uniform else LEVELS:
         share_of_n = min(plan.budget.requested * level, 0.5)
         if share_of_n * site.entries > plan.budget.requested * whole * (1 + 1e-9):
             continue
         stored = share_of_n * site.tokens
         for joined in methods:
             sparse, low_rank = parse_method(joined)
-            shares = [1.0, 0.0, site.entropy_ratio, *SHARES] if sparse and low_rank else [1.0 if low_rank else 0.0]
+            shares = [site.entropy_ratio, *SHARES] if uniform else [1.0, 0.0, site.entropy_ratio, *SHARES]
+            if not (sparse and low_rank):
+                shares = [1.0 if low_rank else 0.0]
+            prefix = NAIVE if joined.startswith(NAIVE) else ""
             for share in shares:
-                layer = _layer(sparse, low_rank, stored, share, site, site_seed(plan.seed, index))
+                layer = _layer(prefix, sparse, low_rank, stored, share, site, site_seed(plan.seed, index))
                 if layer is not None:
                     tried.setdefault(f"{layer.method} {layer.parameters_used}", Candidate(layer.to(device)))
     if not tried:
@@ -99,7 +108,7 @@ def worth_their_time(tried: list[Candidate], site: SitePlan) -> list[Candidate]:
 
 
 def _layer(
-    sparse: str | None, low_rank: str | None, stored: float, share: float, site: SitePlan, seed: int
+    prefix: str, sparse: str | None, low_rank: str | None, stored: float, share: float, site: SitePlan, seed: int
 ) -> Scatterbrain | None:
     """The method sized so that the low-rank part gets `share` of the stored entries; None where a part gets too few."""
     names: list[str] = []
@@ -114,7 +123,10 @@ def _layer(
         parameters |= sized
     if site.causal and low_rank in names and low_rank == "clusters" and parameters.get("window", 0) < 64:
         return None  # causal clusters need the window to cover their chunk
-    return Scatterbrain("+".join(names), site.geometry, seed, **parameters) if names else None
+    if not names:
+        return None
+    method = "+".join(names)
+    return Scatterbrain(prefix + method if len(names) == 2 else method, site.geometry, seed, **parameters)
 
 
 def allocate(plan: Plan, candidates: dict[str, list[Candidate]]) -> dict[str, Candidate]:

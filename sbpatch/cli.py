@@ -7,21 +7,36 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import typer
-from rich.console import Console
-from rich.progress import track
 
-from . import __version__, artifact, evaluate, export, report
+from . import __version__, artifact, bench, compare, evaluate, export, report
+from .attention import parse_method
 from .calibrate import calibrate, first_decision
 from .data import batches, open_images, sample_images
 from .errors import SbpatchError
+from .flags import (
+    CheckpointFile,
+    DataDir,
+    Device,
+    DeviceFlag,
+    Dtype,
+    DtypeFlag,
+    InputSize,
+    JsonFile,
+    Model,
+    Quiet,
+    Seed,
+    err,
+    json_place,
+    out,
+    progress_bars,
+    write_json,
+)  # fmt: skip
 from .models import DEMO, Checkpoint, load_checkpoint
 from .patch import read_plan
 from .plan import PLAN_FILE, Budget, Plan, SitePlan, versions
@@ -29,62 +44,6 @@ from .recipe import read_recipe
 from .sites import find_sites
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-out, err = Console(), Console(stderr=True)
-
-
-class Device(StrEnum):
-    auto = "auto"
-    cpu = "cpu"
-    cuda = "cuda"
-
-    def resolve(self) -> str:
-        if self is Device.auto:
-            return "cuda" if torch.cuda.is_available() else "cpu"
-        if self is Device.cuda and not torch.cuda.is_available():
-            raise SbpatchError("no CUDA device here (torch.cuda.is_available() is false): use --device cpu")
-        return self.value
-
-
-class Dtype(StrEnum):
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-
-
-def _json_place(path: Path | None) -> Path | None:
-    """Refuse a place that cannot be written to before any work is done."""
-    if path is not None and str(path) != "-" and (path.is_dir() or not path.absolute().parent.is_dir()):
-        raise SbpatchError(f"cannot write {path}: it is a directory, or its folder does not exist")
-    return path
-
-
-Model = Annotated[str, typer.Argument(help="alias (t2t-vit-demo, t2t-vit-14), directory, checkpoint file or timm name")]
-CheckpointFile = Annotated[Path | None, typer.Option("--checkpoint", help="weights file in place of the published one")]
-InputSize = Annotated[int | None, typer.Option("--input-size", help="pixels a side, where not the model's own")]
-DataDir = Annotated[Path | None, typer.Option("--data-dir", help="where the data set's files are")]
-DeviceFlag = Annotated[Device, typer.Option("--device")]
-DtypeFlag = Annotated[Dtype, typer.Option("--dtype", help="of weights and activations")]
-Seed = Annotated[int, typer.Option("--seed", min=0, help="of everything random")]
-JsonFile = Annotated[
-    Path | None,
-    typer.Option("--json", help="write the result to this file, - for standard output", callback=_json_place),
-]
-Quiet = Annotated[bool, typer.Option("--quiet", help="no tables, no progress bars")]
-
-
-def _progress(quiet: bool) -> Callable[[Sequence[Any], str], Iterable[Any]]:
-    def progress(items: Sequence[Any], description: str) -> Iterable[Any]:
-        return track(items, description=f"{description:<18}", console=err, disable=quiet)
-
-    return progress
-
-
-def _write_json(path: Path | None, text: str) -> None:
-    if path is not None and str(path) == "-":
-        sys.stdout.write(text)
-    elif path is not None:
-        with artifact.written_whole(path) as fresh:
-            fresh.write_text(text, encoding="utf-8")
 
 
 def _default_data(checkpoint: Checkpoint) -> str | None:
@@ -123,7 +82,7 @@ def inspect_command(
     plan = Plan(model=loaded.name, seed=seed, budget=Budget(requested=1.0), sites=sites)
     if not quiet:
         out.print(report.sites_table(plan))
-    _write_json(json_file, plan.to_json())
+    write_json(json_file, plan.to_json())
 
 
 @app.command("calibrate")
@@ -173,7 +132,7 @@ def calibrate_command(
         min_tokens=settings.min_tokens,
         fixed=settings.sites,
         name=loaded.name,
-        progress=_progress(quiet),
+        progress=progress_bars(quiet),
     )
     plan.base_sha256, plan.input_size = loaded.sha256, list(loaded.preprocessing.input_size)
     plan.data = {"source": images.name, "samples": len(images), "fingerprint": images.fingerprint()}
@@ -187,7 +146,7 @@ def calibrate_command(
             out.print(
                 f"written to {output}: plan, weights, model card and report.png; next: sbpatch eval {output} --dataset NAME"
             )
-    _write_json(json_file, plan.to_json())
+    write_json(json_file, plan.to_json())
 
 
 @app.command("eval")
@@ -212,7 +171,7 @@ def eval_command(
     images = open_images(dataset, loaded.preprocessing, data_dir=data_dir, limit=limit)
     images.check()
     subject = evaluate.Subject(model, checkpoint, device.resolve(), dtype.value)
-    variants = evaluate.evaluate(subject, images, batch_size=batch_size, progress=_progress(quiet))
+    variants = evaluate.evaluate(subject, images, batch_size=batch_size, progress=progress_bars(quiet))
     sites = plan.sites if plan else evaluate.exact_sites(loaded, subject)
     for name, figures in variants.items():
         figures["attention_memory_bytes"] = evaluate.attention_memory_bytes(sites, name, subject)
@@ -229,7 +188,7 @@ def eval_command(
     }
     if not quiet:
         out.print(report.eval_table(result))
-    _write_json(json_file, json.dumps(result, indent=2) + "\n")
+    write_json(json_file, json.dumps(result, indent=2) + "\n")
 
 
 @app.command("export")
@@ -257,7 +216,107 @@ def export_command(
             f"written to {target} ({size:.1f} MB), run in {form.runtime}, largest difference of the logits {difference:.2e}"
         )
     result = {"path": str(target), "format": form.value, "runtime": form.runtime, "difference": difference}
-    _write_json(json_file, json.dumps(result | {"versions": versions()}, indent=2) + "\n")
+    write_json(json_file, json.dumps(result | {"versions": versions()}, indent=2) + "\n")
+
+
+@app.command("compare")
+def compare_command(
+    model: Model,
+    dataset: Annotated[str, typer.Option("--dataset", help="demo, imagenet-val, cifar10, a path or a hub id")],
+    methods: Annotated[str, typer.Option("--methods", help=f"comma-separated; {compare.method_names()}")] = ",".join(
+        compare.METHODS
+    ),
+    budgets: Annotated[str, typer.Option("--budgets", help="comma-separated shares")] = "0.03",
+    samples: Annotated[int, typer.Option("--samples", min=1, help="to calibrate and measure errors on")] = 8,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="evaluate on that many samples")] = None,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1)] = 8,
+    plot: Annotated[
+        Path | None, typer.Option("--plot", help="write error and agreement against budget as a PNG")
+    ] = None,
+    source: Annotated[str | None, typer.Option("--data", help="where the calibration sample comes from")] = None,
+    data_dir: DataDir = None,
+    checkpoint: CheckpointFile = None,
+    device: DeviceFlag = Device.auto,
+    dtype: DtypeFlag = Dtype.float32,
+    seed: Seed = 0,
+    json_file: JsonFile = None,
+    quiet: Quiet = False,
+) -> None:
+    """Methods side by side under one budget definition: accuracy, agreement, errors, time."""
+    json_place(plot)
+    shares = [_share(text) for text in budgets.split(",")]
+    names = [name.strip() for name in methods.split(",")]
+    for name in names:
+        if name != "auto":
+            parse_method(name)
+    loaded = load_checkpoint(model, checkpoint)
+    images = open_images(dataset, loaded.preprocessing, data_dir=data_dir, limit=limit)
+    images.check()
+    where, kind = device.resolve(), getattr(torch, dtype.value)
+    sample = sample_images(source or _default_data(loaded), loaded.preprocessing, samples, seed, data_dir=data_dir)
+    rows = compare.compare(
+        loaded.model.to(where, kind),
+        [x.to(where, kind) for x, _ in batches(sample, 8)],
+        [(x.to(where, kind), y) for x, y in batches(images, batch_size)],
+        methods=names,
+        budgets=shares,
+        seed=seed,
+        progress=progress_bars(quiet),
+    )
+    title = f"{loaded.name} on {images.name}, {len(images)} samples, {evaluate.device_name(where)}, {dtype.value}"
+    if not quiet:
+        out.print(compare.table(rows, title))
+    if plot is not None:
+        with artifact.written_whole(plot) as fresh:
+            compare.plot(rows, fresh, title)
+    settings = {
+        "model": loaded.name,
+        "dataset": images.name,
+        "samples": len(images),
+        "batch_size": batch_size,
+        "seed": seed,
+    }
+    device_used = {"device": evaluate.device_name(where), "dtype": dtype.value, "versions": versions()}
+    write_json(json_file, json.dumps(settings | device_used | {"rows": rows}, indent=2) + "\n")
+
+
+def _share(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise SbpatchError(f"budget '{text}' is not a number such as 0.03") from None
+
+
+@app.command("bench")
+def bench_command(
+    lengths: Annotated[str, typer.Option("--lengths", help="tokens, comma-separated")] = "1024,4096,16384",
+    methods: Annotated[str, typer.Option("--methods", help="comma-separated")] = ",".join(bench.METHODS),
+    budget: Annotated[float, typer.Option("--budget", help="entries stored / entries")] = 0.03,
+    heads: Annotated[int, typer.Option("--heads", min=1)] = 4,
+    head_dim: Annotated[int, typer.Option("--head-dim", min=1)] = 64,
+    batch: Annotated[int, typer.Option("--batch", min=1)] = 1,
+    causal: Annotated[bool, typer.Option("--causal")] = False,
+    device: DeviceFlag = Device.auto,
+    dtype: DtypeFlag = Dtype.float32,
+    seed: Seed = 0,
+    json_file: JsonFile = None,
+    quiet: Quiet = False,
+) -> None:
+    """Time and memory of one attention call against eager and SDPA, by length (the paper's Figure 6)."""
+    if not all(text.strip().isdigit() and int(text) > 0 for text in lengths.split(",")):
+        raise SbpatchError(f"lengths '{lengths}' are not positive numbers such as 1024,4096")
+    where = device.resolve()
+    rows = bench.bench(
+        [int(text) for text in lengths.split(",")], [name.strip() for name in methods.split(",")],
+        budget=budget, heads=heads, head_dim=head_dim, batch=batch, causal=causal, device=where,
+        dtype=getattr(torch, dtype.value), seed=seed, progress=progress_bars(quiet),
+    )  # fmt: skip
+    settings = {"device": evaluate.device_name(where), "dtype": dtype.value, "versions": versions()}
+    if not quiet:
+        out.print(
+            bench.table(rows, f"one call, {batch} x {heads} heads x {head_dim}, {settings['device']}, {dtype.value}")
+        )
+    write_json(json_file, json.dumps(settings | {"rows": rows}, indent=2) + "\n")
 
 
 def main() -> None:

@@ -25,7 +25,7 @@ COLUMNS_EXPLAINED = (
 )
 
 
-def _table(title: str, **columns: JustifyMethod) -> Table:
+def simple_table(title: str, **columns: JustifyMethod) -> Table:
     """A table whose first column folds where the terminal is narrow; figures are never cut."""
     table = Table(title=title, title_justify="left", header_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for i, (name, justify) in enumerate(columns.items()):
@@ -35,7 +35,7 @@ def _table(title: str, **columns: JustifyMethod) -> Table:
 
 def plan_table(plan: Plan) -> RenderableType:
     """The plan, one row a patched site and one a run of like exact sites; reasons and the columns' meaning below."""
-    table = _table(
+    table = simple_table(
         f"plan for {plan.model or 'the model'}", site="left", n="right", heads="right", entropy="right", method="left",
         exact="right", rank="right", budget="right", error="right",
     )  # fmt: skip
@@ -64,7 +64,7 @@ def plan_table(plan: Plan) -> RenderableType:
 
 def sites_table(plan: Plan) -> RenderableType:
     """What inspect shows: the sites as they were found."""
-    table = _table(
+    table = simple_table(
         f"attention of {plan.model}", site="left", class_="left", n="right", heads="right", head_dim="right",
         causal="left", grid="left", decision="left",
     )  # fmt: skip
@@ -79,7 +79,7 @@ def sites_table(plan: Plan) -> RenderableType:
 def eval_table(result: Mapping[str, Any]) -> RenderableType:
     """Eager, SDPA and patched side by side, time and memory also as ratios to SDPA."""
     title = f"{result['model']} on {result['dataset']}"
-    table = _table(
+    table = simple_table(
         title, variant="left", top1="right", top5="right", agree="right", ms="right", speed="right", peak="right",
         of_SDPA="right", stored="right",
     )  # fmt: skip
@@ -88,8 +88,8 @@ def eval_table(result: Mapping[str, Any]) -> RenderableType:
         table.add_row(
             variant, *(_number(v.get(key), ".2f") for key in ("top1", "top5", "agreement")),
             f"{v['latency_ms']:.1f}", f"{base['latency_ms'] / v['latency_ms']:.2f}x",
-            _bytes(v["peak_memory_bytes"]), f"{v['peak_memory_bytes'] / base['peak_memory_bytes']:.2f}x",
-            _bytes(v["attention_memory_bytes"]), style="bold" if variant == "patched" else None,
+            readable_bytes(v["peak_memory_bytes"]), f"{v['peak_memory_bytes'] / base['peak_memory_bytes']:.2f}x",
+            readable_bytes(v["attention_memory_bytes"]), style="bold" if variant == "patched" else None,
         )  # fmt: skip
     setting = (
         f"{result['samples']} samples in batches of {result['batch_size']}; {result['device']}, {result['dtype']}, torch "
@@ -119,7 +119,7 @@ def _number(value: float | None, form: str) -> str:
     return "" if value is None else format(value, form)
 
 
-def _bytes(count: float) -> str:
+def readable_bytes(count: float) -> str:
     for unit in ("B", "kB", "MB"):
         if count < 1000:
             return f"{count:.3g} {unit}"

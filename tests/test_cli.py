@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from io import BytesIO
 from pathlib import Path
@@ -13,14 +11,13 @@ import onnxruntime
 import pytest
 import torch
 from PIL import Image
-from tiny import t2t
+from tiny import process, t2t
 
 import sbpatch
 from sbpatch import cli, evaluate
 from sbpatch.data import batches, open_images
 from sbpatch.models import load_checkpoint
 
-ROOT = Path(__file__).parents[1]
 CALIBRATED = ["README.md", "config.json", "model.safetensors", "report.png", "sbpatch.json"]
 QUICK = ["--samples", "3", "--budget", "0.2", "--data", "images", "--quiet"]
 
@@ -60,13 +57,6 @@ def command(*args: str) -> int:
     finally:
         sys.argv = before
     return 0
-
-
-def process(*args: str) -> subprocess.CompletedProcess[str]:
-    """Run `sbpatch ARGS` as users do."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "2"}
-    arguments = [sys.executable, "-m", "sbpatch.cli", *args]
-    return subprocess.run(arguments, capture_output=True, text=True, env=environment, timeout=500)
 
 
 def fails(capsys, *args: str) -> str:

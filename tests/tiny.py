@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +22,7 @@ from sbpatch.plan import Budget, Plan, SitePlan, drawn_tensors
 from sbpatch.sites import find_sites
 from sbpatch.t2t_vit import T2TViT, T2TViTConfig
 
+ROOT = Path(__file__).parents[1]
 torch.set_num_threads(1)  # for tensors this small a second thread costs time, on a busy machine fifty times as much
 
 
@@ -78,3 +82,10 @@ def checkpoint_of(model: T2TViT, folder: Path) -> Checkpoint:
     path = folder / "tiny-t2t.pth"
     torch.save(model.state_dict(), path)
     return load_checkpoint(str(path))
+
+
+def process(*args: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """Run `sbpatch ARGS` as users do."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "2"}
+    arguments = [sys.executable, "-m", "sbpatch.cli", *args]
+    return subprocess.run(arguments, capture_output=True, text=True, env=environment, timeout=500, cwd=cwd)
