@@ -101,7 +101,7 @@ def test_command_lines(tmp_path) -> None:
     rows = {row["method"]: row for row in json.loads((tmp_path / "c.json").read_text())["rows"]}
     assert rows["clusters"]["output_error"] < 0.5 * rows["favor"]["output_error"]
     assert Image.open(tmp_path / "c.png").format == "PNG"
-    done = sbpatch("bench", "--lengths", "512", "--json", "-", "--quiet")
+    done = sbpatch("bench", "--lengths", "1024", "--json", "-", "--quiet")
     assert done.returncode == 0, done.stderr
     assert {"device", "dtype", "rows", "versions"} == json.loads(done.stdout).keys()
     for wrong in (
