@@ -169,6 +169,7 @@ def eval_command(
     plan = read_plan(Path(model)) if model == "sbpatch-out" or (Path(model) / PLAN_FILE).is_file() else None
     loaded = load_checkpoint(model, checkpoint, plan.input_size[-1] if plan and plan.input_size else None)
     images = open_images(dataset, loaded.preprocessing, data_dir=data_dir, limit=limit)
+    evaluate.check_classes(loaded, images)
     images.check()
     subject = evaluate.Subject(model, checkpoint, device.resolve(), dtype.value)
     variants = evaluate.evaluate(subject, images, batch_size=batch_size, progress=progress_bars(quiet))
@@ -251,6 +252,7 @@ def compare_command(
             parse_method(name)
     loaded = load_checkpoint(model, checkpoint)
     images = open_images(dataset, loaded.preprocessing, data_dir=data_dir, limit=limit)
+    evaluate.check_classes(loaded, images)
     images.check()
     where, kind = device.resolve(), getattr(torch, dtype.value)
     sample = sample_images(source or _default_data(loaded), loaded.preprocessing, samples, seed, data_dir=data_dir)

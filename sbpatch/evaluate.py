@@ -189,6 +189,20 @@ def evaluate(
     return {variant: totals[variant].figures(batch_size) for variant in variants}
 
 
+def check_classes(checkpoint: Checkpoint, images: ImageSet) -> None:
+    """Refuse labels that count over other classes than the model's, whose top-1 would be a number without meaning.
+
+    Raises:
+        SbpatchError: the numbers of classes differ.
+    """
+    classes = checkpoint.config.get("classes", checkpoint.config.get("num_classes"))
+    if images.classes is not None and classes is not None and images.classes != classes:
+        raise SbpatchError(
+            f"{images.name} has {images.classes} classes and {checkpoint.name} {classes}: their labels cannot be compared "
+            "(folders of ImageNet classes: --dataset imagenet-val --data-dir FOLDER)"
+        )
+
+
 # -- what the attention stores --------------------------------------------------------------------------------------
 
 
