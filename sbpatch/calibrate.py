@@ -215,7 +215,8 @@ def _measure_plan(model: nn.Module, plan: Plan, batches: Sequence[Tensor], progr
             exact = call.exact()
             final[name].observe(call, exact)
             for b in range(min(len(exact), MATRIX_SAMPLES - len(matrix[name]))):
-                one = Call(call.query[b : b + 1], call.key[b : b + 1], call.value[b : b + 1], scale=call.scale)
+                q, k, v = (x[b : b + 1] for x in (call.query, call.key, call.value))
+                one = Call(q, k, v, is_causal=call.is_causal, scale=call.scale)
                 matrix[name].append(matrix_error(layers[name], one))
             return exact
 

@@ -14,8 +14,7 @@ from typing import Annotated
 import torch
 import typer
 
-from . import __version__, artifact, bench, compare, evaluate, export, report
-from .attention import parse_method
+from . import __version__, artifact, evaluate, export, report
 from .calibrate import calibrate, first_decision
 from .data import batches, open_images, sample_images
 from .errors import SbpatchError
@@ -31,24 +30,20 @@ from .flags import (
     Model,
     Quiet,
     Seed,
+    default_data,
     err,
-    json_place,
     out,
     progress_bars,
     write_json,
 )  # fmt: skip
-from .models import DEMO, Checkpoint, load_checkpoint
+from .models import load_checkpoint
 from .patch import read_plan
 from .plan import PLAN_FILE, Budget, Plan, SitePlan, versions
 from .recipe import read_recipe
 from .sites import find_sites
+from .studies import analyze_command, bench_command, compare_command
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-
-
-def _default_data(checkpoint: Checkpoint) -> str | None:
-    """The sample where --data is not given: the demo's own digits, else the photographs that scikit-learn ships."""
-    return "demo" if checkpoint.name == DEMO else None
 
 
 def _version(value: bool) -> None:
@@ -117,7 +112,7 @@ def calibrate_command(
     if not dry_run:
         artifact.check_output(output)
     loaded = load_checkpoint(model, checkpoint, input_size)
-    source = source or settings.data or _default_data(loaded)
+    source = source or settings.data or default_data(loaded)
     images = sample_images(source, loaded.preprocessing, samples, seed, data_dir=data_dir)
     where, kind = device.resolve(), getattr(torch, dtype.value)
     inputs = [x.to(where, kind) for x, _ in batches(images, 8)]
@@ -220,105 +215,8 @@ def export_command(
     write_json(json_file, json.dumps(result | {"versions": versions()}, indent=2) + "\n")
 
 
-@app.command("compare")
-def compare_command(
-    model: Model,
-    dataset: Annotated[str, typer.Option("--dataset", help="demo, imagenet-val, cifar10, a path or a hub id")],
-    methods: Annotated[str, typer.Option("--methods", help=f"comma-separated; {compare.method_names()}")] = ",".join(
-        compare.METHODS
-    ),
-    budgets: Annotated[str, typer.Option("--budgets", help="comma-separated shares")] = "0.03",
-    samples: Annotated[int, typer.Option("--samples", min=1, help="to calibrate and measure errors on")] = 8,
-    limit: Annotated[int | None, typer.Option("--limit", min=1, help="evaluate on that many samples")] = None,
-    batch_size: Annotated[int, typer.Option("--batch-size", min=1)] = 8,
-    plot: Annotated[
-        Path | None, typer.Option("--plot", help="write error and agreement against budget as a PNG")
-    ] = None,
-    source: Annotated[str | None, typer.Option("--data", help="where the calibration sample comes from")] = None,
-    data_dir: DataDir = None,
-    checkpoint: CheckpointFile = None,
-    device: DeviceFlag = Device.auto,
-    dtype: DtypeFlag = Dtype.float32,
-    seed: Seed = 0,
-    json_file: JsonFile = None,
-    quiet: Quiet = False,
-) -> None:
-    """Methods side by side under one budget definition: accuracy, agreement, errors, time."""
-    json_place(plot)
-    shares = [_share(text) for text in budgets.split(",")]
-    names = [name.strip() for name in methods.split(",")]
-    for name in names:
-        if name != "auto":
-            parse_method(name)
-    loaded = load_checkpoint(model, checkpoint)
-    images = open_images(dataset, loaded.preprocessing, data_dir=data_dir, limit=limit)
-    evaluate.check_classes(loaded, images)
-    images.check()
-    where, kind = device.resolve(), getattr(torch, dtype.value)
-    sample = sample_images(source or _default_data(loaded), loaded.preprocessing, samples, seed, data_dir=data_dir)
-    rows = compare.compare(
-        loaded.model.to(where, kind),
-        [x.to(where, kind) for x, _ in batches(sample, 8)],
-        [(x.to(where, kind), y) for x, y in batches(images, batch_size)],
-        methods=names,
-        budgets=shares,
-        seed=seed,
-        progress=progress_bars(quiet),
-    )
-    title = f"{loaded.name} on {images.name}, {len(images)} samples, {evaluate.device_name(where)}, {dtype.value}"
-    if not quiet:
-        out.print(compare.table(rows, title))
-    if plot is not None:
-        with artifact.written_whole(plot) as fresh:
-            compare.plot(rows, fresh, title)
-    settings = {
-        "model": loaded.name,
-        "dataset": images.name,
-        "samples": len(images),
-        "batch_size": batch_size,
-        "seed": seed,
-    }
-    device_used = {"device": evaluate.device_name(where), "dtype": dtype.value, "versions": versions()}
-    write_json(json_file, json.dumps(settings | device_used | {"rows": rows}, indent=2) + "\n")
-
-
-def _share(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        raise SbpatchError(f"budget '{text}' is not a number such as 0.03") from None
-
-
-@app.command("bench")
-def bench_command(
-    lengths: Annotated[str, typer.Option("--lengths", help="tokens, comma-separated")] = "1024,4096,16384",
-    methods: Annotated[str, typer.Option("--methods", help="comma-separated")] = ",".join(bench.METHODS),
-    budget: Annotated[float, typer.Option("--budget", help="entries stored / entries")] = 0.03,
-    heads: Annotated[int, typer.Option("--heads", min=1)] = 4,
-    head_dim: Annotated[int, typer.Option("--head-dim", min=1)] = 64,
-    batch: Annotated[int, typer.Option("--batch", min=1)] = 1,
-    causal: Annotated[bool, typer.Option("--causal")] = False,
-    device: DeviceFlag = Device.auto,
-    dtype: DtypeFlag = Dtype.float32,
-    seed: Seed = 0,
-    json_file: JsonFile = None,
-    quiet: Quiet = False,
-) -> None:
-    """Time and memory of one attention call against eager and SDPA, by length (the paper's Figure 6)."""
-    if not all(text.strip().isdigit() and int(text) > 0 for text in lengths.split(",")):
-        raise SbpatchError(f"lengths '{lengths}' are not positive numbers such as 1024,4096")
-    where = device.resolve()
-    rows = bench.bench(
-        [int(text) for text in lengths.split(",")], [name.strip() for name in methods.split(",")],
-        budget=budget, heads=heads, head_dim=head_dim, batch=batch, causal=causal, device=where,
-        dtype=getattr(torch, dtype.value), seed=seed, progress=progress_bars(quiet),
-    )  # fmt: skip
-    settings = {"device": evaluate.device_name(where), "dtype": dtype.value, "versions": versions()}
-    if not quiet:
-        out.print(
-            bench.table(rows, f"one call, {batch} x {heads} heads x {head_dim}, {settings['device']}, {dtype.value}")
-        )
-    write_json(json_file, json.dumps(settings | {"rows": rows}, indent=2) + "\n")
+for name, command in (("compare", compare_command), ("analyze", analyze_command), ("bench", bench_command)):
+    app.command(name)(command)
 
 
 def main() -> None:

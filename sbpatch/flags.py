@@ -15,6 +15,7 @@ from rich.progress import track
 
 from . import artifact
 from .errors import SbpatchError
+from .models import DEMO, Checkpoint
 
 out, err = Console(), Console(stderr=True)
 
@@ -72,3 +73,8 @@ def write_json(path: Path | None, text: str) -> None:
     elif path is not None:
         with artifact.written_whole(path) as fresh:
             fresh.write_text(text, encoding="utf-8")
+
+
+def default_data(checkpoint: Checkpoint) -> str | None:
+    """The sample where --data is not given: the demo's own digits, else the photographs that scikit-learn ships."""
+    return "demo" if checkpoint.name == DEMO else None
