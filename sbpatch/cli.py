@@ -164,8 +164,8 @@ def eval_command(
     plan = read_plan(Path(model)) if model == "sbpatch-out" or (Path(model) / PLAN_FILE).is_file() else None
     loaded = load_checkpoint(model, checkpoint, plan.input_size[-1] if plan and plan.input_size else None)
     images = open_images(dataset, loaded.preprocessing, data_dir=data_dir, limit=limit)
-    evaluate.check_classes(loaded, images)
     images.check()
+    evaluate.check_classes(loaded, images)
     subject = evaluate.Subject(model, checkpoint, device.resolve(), dtype.value)
     variants = evaluate.evaluate(subject, images, batch_size=batch_size, progress=progress_bars(quiet))
     sites = plan.sites if plan else evaluate.exact_sites(loaded, subject)

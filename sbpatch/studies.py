@@ -65,8 +65,8 @@ def compare_command(
             parse_method(name)
     loaded = load_checkpoint(model, checkpoint)
     images = open_images(dataset, loaded.preprocessing, data_dir=data_dir, limit=limit)
-    evaluate.check_classes(loaded, images)
     images.check()
+    evaluate.check_classes(loaded, images)
     where, kind = device.resolve(), getattr(torch, dtype.value)
     sample = sample_images(source or default_data(loaded), loaded.preprocessing, samples, seed, data_dir=data_dir)
     rows = compare.compare(

@@ -125,7 +125,7 @@ def test_eval_table_without_labels_or_patch():
     ("count", "said"), [(0, "0 B"), (999, "999 B"), (1e3, "1 kB"), (1.5e6, "1.5 MB"), (2e9, "2 GB"), (3e13, "3e+04 GB")]
 )
 def test_bytes(count, said):
-    assert report._bytes(count) == said
+    assert report.readable_bytes(count) == said
 
 
 # ---- files
