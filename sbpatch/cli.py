@@ -168,7 +168,7 @@ def eval_command(
     evaluate.check_classes(loaded, images)
     subject = evaluate.Subject(model, checkpoint, device.resolve(), dtype.value)
     variants = evaluate.evaluate(subject, images, batch_size=batch_size, progress=progress_bars(quiet))
-    sites = plan.sites if plan else evaluate.exact_sites(loaded, subject)
+    sites = plan.sites if plan else evaluate.exact_sites(loaded)
     for name, figures in variants.items():
         figures["attention_memory_bytes"] = evaluate.attention_memory_bytes(sites, name, subject)
     result = {

@@ -9,7 +9,7 @@ from __future__ import annotations
 import multiprocessing
 import platform
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from multiprocessing.connection import Connection
@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .calibrate import Progress, no_progress
 from .data import ImageSet, batches
 from .errors import SbpatchError
 from .measure import elapsed_ms, peak_memory_bytes
@@ -143,7 +144,7 @@ def evaluate(
     images: ImageSet,
     *,
     batch_size: int = 8,
-    progress: Callable[[Sequence[Any], str], Iterable[Any]] = lambda items, _: items,
+    progress: Progress[Any] = no_progress,
 ) -> dict[str, dict[str, float]]:
     """Run every variant over `images`: {variant: {top1, top5, agreement, latency_ms, ...}} with the contract's keys.
 
@@ -206,7 +207,7 @@ def check_classes(checkpoint: Checkpoint, images: ImageSet) -> None:
 # -- what the attention stores --------------------------------------------------------------------------------------
 
 
-def exact_sites(checkpoint: Checkpoint, subject: Subject) -> list[SitePlan]:
+def exact_sites(checkpoint: Checkpoint) -> list[SitePlan]:
     """The sites of an unpatched model."""
     probe = torch.zeros(1, *checkpoint.preprocessing.input_size)
     return [SitePlan.of(site, "exact", "not patched") for site in find_sites(checkpoint.model, probe)]

@@ -49,7 +49,7 @@ def test_a_short_last_batch_is_no_latency() -> None:
 
 def test_attention_memory_by_the_budgets_accounting() -> None:
     checkpoint = SimpleNamespace(model=t2t(), preprocessing=Preprocessing(input_size=(3, 96, 96)))
-    sites = exact_sites(checkpoint, Subject("m"))
+    sites = exact_sites(checkpoint)
     tokens = [(s.tokens, s.heads) for s in sites]
     assert tokens[:2] == [(576, 1), (144, 1)]
     assert attention_memory_bytes(sites, "eager", Subject("m")) == 4 * sum(h * n * n for n, h in tokens)
