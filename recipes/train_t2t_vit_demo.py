@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sbpatch.data import batches, open_images
-from sbpatch.models import Preprocessing
+from sbpatch.preprocessing import Preprocessing
 from sbpatch.t2t_vit import T2TViT, T2TViTConfig, sinusoids
 
 STAGES = ((64, 60, 64, 2e-3), (112, 25, 32, 1e-3), (224, 9, 16, 4e-4))  # pixels, epochs, batch, peak learning rate

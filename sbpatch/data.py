@@ -22,7 +22,7 @@ from torchvision.datasets.folder import ImageFolder
 from .errors import SbpatchError, one_line
 from .imagenet import imagenet_val
 from .images import ImageSet, Item, batches, decode, file_item, strided
-from .models import Preprocessing
+from .preprocessing import Preprocessing
 from .weights import hub_or_cache
 
 __all__ = ["ImageSet", "batches", "digits_split", "open_images", "sample_images"]

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from .errors import SbpatchError, one_line
-from .models import Preprocessing
+from .preprocessing import Preprocessing
 
 CHECKED = 5000  # images that `check` decodes at most: about ten seconds
 # What Pillow raises for a file that is not an image, a broken one, or one far too large.

@@ -9,75 +9,26 @@ from __future__ import annotations
 import difflib
 import json
 import os
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import timm
 from huggingface_hub import constants as hub
-from PIL.Image import Image
 from timm.data.config import resolve_data_config
-from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.data.transforms_factory import create_transform
 from torch import Tensor, nn
 
 from .errors import SbpatchError, one_line
+from .preprocessing import Preprocessing, TextPreprocessing
 from .t2t_vit import PATCH, T2TViT, t2t_vit_from_state_dict
 from .weights import LOAD_ERRORS, RELEASES, file_sha256, hub_or_cache, read_tensors, released, tensors_sha256
 
 DEMO = "t2t-vit-demo"
 
 
-@dataclass(frozen=True)
-class Preprocessing:
-    """How an image becomes an input: resize to `input_size / crop_pct`, crop the centre, scale to 0..1, normalise.
-
-    `input_size` is (channels, height, width) in pixels; `mean` and `std` are per channel, for values from 0 to 1.
-    """
-
-    input_size: tuple[int, int, int] = (3, 224, 224)
-    interpolation: str = "bicubic"
-    crop_pct: float = 0.9
-    mean: tuple[float, ...] = IMAGENET_DEFAULT_MEAN
-    std: tuple[float, ...] = IMAGENET_DEFAULT_STD
-    crop_mode: str = "center"
-
-    def to_dict(self) -> dict[str, Any]:
-        """The values as JSON can hold them, under the names of timm's `pretrained_cfg`."""
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Preprocessing:
-        """Read `to_dict`'s values, or a timm `pretrained_cfg` (other keys are left alone).
-
-        Raises:
-            SbpatchError: a value is missing or is not of its kind.
-        """
-        try:
-            channels, height, width = (int(n) for n in values["input_size"])
-            return cls(
-                input_size=(channels, height, width),
-                interpolation=str(values["interpolation"]),
-                crop_pct=float(values["crop_pct"]),
-                mean=tuple(float(x) for x in values["mean"]),
-                std=tuple(float(x) for x in values["std"]),
-                crop_mode=str(values.get("crop_mode", "center")),
-            )
-        except (KeyError, TypeError, ValueError) as error:
-            raise SbpatchError(
-                f"preprocessing with a missing or wrong value ({one_line(error)}): it needs input_size, interpolation, "
-                f"crop_pct, mean and std, and has {dict(values)}"
-            ) from None
-
-    def transform(self) -> Callable[[Image], Tensor]:
-        """The evaluation transform: an RGB image -> a float32 tensor of shape `input_size`."""
-        transform: Callable[[Image], Tensor] = create_transform(**asdict(self), is_training=False)
-        return transform
-
-    def resized(self, pixels: int) -> Preprocessing:
-        """The same for square inputs of another size."""
-        return replace(self, input_size=(self.input_size[0], pixels, pixels))
+# What `inputs.run` gets from a model: logits of the image's class; of each next token (causal) or of each token; features.
+Answer = Literal["classes", "next-token", "tokens", "features"]
 
 
 @dataclass
@@ -91,10 +42,11 @@ class Checkpoint:
 
     name: str
     model: nn.Module
-    family: str  # "t2t-vit" or "timm"
+    family: Literal["t2t-vit", "timm", "transformers"]
     config: dict[str, Any]
-    preprocessing: Preprocessing
+    preprocessing: Preprocessing | TextPreprocessing
     sha256: str
+    answer: Answer = "classes"
 
 
 def load_checkpoint(name: str, checkpoint: Path | None = None, input_size: int | None = None) -> Checkpoint:

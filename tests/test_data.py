@@ -22,7 +22,7 @@ from timm.data.imagenet_info import ImageNetInfo
 from sbpatch import weights
 from sbpatch.data import batches, digits_split, open_images, sample_images
 from sbpatch.errors import SbpatchError
-from sbpatch.models import Preprocessing
+from sbpatch.preprocessing import Preprocessing
 
 SHARED = Path(os.environ.get("SBPATCH_SHARED", Path(__file__).parents[2] / "shared")) / "data"
 needs_shared = pytest.mark.skipif(not SHARED.exists(), reason=f"no {SHARED}: set SBPATCH_SHARED")

@@ -11,7 +11,7 @@ from tiny import t2t
 
 from sbpatch.errors import SbpatchError
 from sbpatch.evaluate import Subject, Totals, attention_memory_bytes, check_classes, eager_attention, exact_sites
-from sbpatch.models import Preprocessing
+from sbpatch.preprocessing import Preprocessing
 from sbpatch.sites import Call
 
 

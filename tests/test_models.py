@@ -22,7 +22,8 @@ from torch import nn
 from sbpatch import weights
 from sbpatch.data import batches, open_images
 from sbpatch.errors import SbpatchError
-from sbpatch.models import DEMO, Preprocessing, build, load_checkpoint
+from sbpatch.models import DEMO, build, load_checkpoint
+from sbpatch.preprocessing import Preprocessing
 from sbpatch.t2t_vit import T2TViT, T2TViTConfig
 from sbpatch.weights import Release, read_tensors, tensors_sha256
 
