@@ -7,9 +7,12 @@ model = sbpatch.load("patched/")
 
 __version__ = "0.1.0"
 
+from . import interface
 from .calibrate import calibrate
 from .errors import SbpatchError
 from .patch import load, patch, unpatch
 from .plan import Plan
 
 __all__ = ["Plan", "SbpatchError", "calibrate", "load", "patch", "unpatch"]
+
+interface.register()  # attn_implementation="scatterbrain" of transformers

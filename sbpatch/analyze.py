@@ -22,27 +22,24 @@ from scipy import stats
 from torch import Tensor
 
 from . import analyze_plots, artifact
+from . import inputs as batch
 from .analyze_plots import table as table  # the figures for the terminal
-from .attention import PARTS, Geometry, Scatterbrain, parse_method
+from .attention import Geometry
 from .attention.reference import exact_matrix
 from .attention.robust_pca import robust_pca
-from .calibrate import Progress, no_progress
+from .entries import ENTRY_SAMPLES, Case, process_case, single_entries, sized_layer
 from .errors import SbpatchError
 from .measure import elapsed_ms
 from .models import Checkpoint
-from .oracles import PROCESS, SPLITS, both_parts, process_queries, process_sweep, pure_errors, rank_for, relative
+from .oracles import SHARE, SPLITS, both_parts, process_sweep, pure_errors, rank_for, relative
 from .plan import versions
+from .progress import Progress, no_progress
 from .sites import Call, Site, find_sites, swapped
 
 JSON_FILE = "analysis.json"
-TOKENS = 256  # a longer site is read at that many evenly spaced tokens, as queries and as keys
-SAMPLES, MATRICES = 8, 96  # a head, and in all: a model with many heads is read on fewer samples, then at fewer heads
-SHARE = 1 / 8  # parameters of every approximation over the entries of the matrix
+TOKENS = 512  # a longer site is read at that many evenly spaced tokens, as queries and as keys
+SAMPLES, MATRICES = 8, 144  # a head, and in all: a model with many heads is read on fewer samples, then at fewer heads
 METHODS = ("lsh+favor", "window+favor", "lsh+clusters")
-ENTRY_METHODS = ("favor", "lsh", "window", "lsh+favor", "window+favor")
-ENTRY_SEEDS, ENTRY_SAMPLES, ENTRY_BINS = 4, 2, 16
-ENTRY_BETA = 1.0  # of Process 1 there
-Case = tuple[Tensor, Tensor, Geometry]
 PAIRS = (
     ("sparse_error", "low_rank_error"),
     ("entropy_ratio", "sparse_error"),
@@ -54,21 +51,21 @@ COEFFICIENTS: dict[str, Any] = {"spearman": stats.spearmanr, "pearson": stats.pe
 
 @torch.inference_mode()
 def analyze(
-    loaded: Checkpoint, batches: Sequence[Tensor], *, seed: int = 0, progress: Progress[Any] = no_progress
+    loaded: Checkpoint, batches: Sequence[batch.Inputs], *, seed: int = 0, progress: Progress[Any] = no_progress
 ) -> dict[str, Any]:
-    """All four studies of `batches`, inputs (B, 3, H, W) on the model's device. Same seed, same result, times apart.
+    """All four studies of `batches`, inputs on the model's device. Same seed, same result, times apart.
 
     Raises:
         SbpatchError: no inputs, or no attention site that can be read.
     """
-    if not batches or not len(batches[0]):
+    if not batches or not batch.count(batches[0]):
         raise SbpatchError("no samples to analyze")
-    sites = [s for s in find_sites(loaded.model, batches[0][:1]) if s.unsupported is None]
+    sites = [s for s in find_sites(loaded.model, batch.samples(batches[0], 0, 1)) if s.unsupported is None]
     if not sites:
         raise SbpatchError(f"no attention of {loaded.name} is plain self-attention, so there is nothing to analyze")
     heads = [(site, head) for site in sites for head in range(site.geometry.heads)]
     heads = [heads[i * len(heads) // min(len(heads), MATRICES)] for i in range(min(len(heads), MATRICES))]
-    samples = min(sum(map(len, batches)), max(1, min(SAMPLES, MATRICES // len(heads))))
+    samples = min(sum(map(batch.count, batches)), max(1, min(SAMPLES, MATRICES // len(heads))))
     calls = _collect(loaded, sites, batches, samples, progress)
     read = [(s, h, b) for s, h in heads for b in range(samples)]
     points = [
@@ -83,13 +80,13 @@ def analyze(
         "model": loaded.name,
         "seed": seed,
         "versions": versions(),
-        "device": str(batches[0].device),
+        "device": str(batch.device(batches[0])),
         "settings": settings,
         "points": points,
         "correlations": {"matrices": correlations(points), "heads": correlations(_head_means(points))},
         "scatterbrain": against_robust_pca(points),
         "entries": [
-            _entries(name, cases, seed)
+            single_entries(name, cases, seed)
             for name, cases in progress(list(_cases(heads, calls, seed).items()), "single entries")
         ],
         "process": process_sweep(seed, progress=progress),
@@ -97,49 +94,33 @@ def analyze(
 
 
 def _collect(
-    loaded: Checkpoint, sites: list[Site], batches: Sequence[Tensor], samples: int, progress: Progress[Any]
+    loaded: Checkpoint, sites: list[Site], batches: Sequence[batch.Inputs], samples: int, progress: Progress[Any]
 ) -> dict[str, list[Call]]:
-    """q, k, v of every site at its evenly spaced tokens, one call a sample, in float32."""
+    """q, k, v of every site at its evenly spaced real tokens, one call a sample, in float32, all with as many heads."""
     calls: dict[str, list[Call]] = {site.name: [] for site in sites}
 
-    def observer(name: str) -> Callable[[Call], Tensor]:
+    def observer(site: Site) -> Callable[[Call], Tensor]:
         def observe(call: Call) -> Tensor:
-            n = call.key.shape[-2]
-            index = torch.arange(min(n, TOKENS), device=call.key.device) * n // min(n, TOKENS)
-            q, k, v = (x.index_select(2, index).float() for x in (call.query, call.key, call.value))
-            for b in range(len(q)):
-                one = slice(b, b + 1)
-                calls[name].append(Call(q[one], k[one], v[one], is_causal=call.is_causal, scale=call.softmax_scale))
+            plain = call.plain(site.geometry.causal)
+            mask = plain.key_mask[0] if plain.key_mask is not None else call.key.new_ones(call.key.shape[-2])
+            real = mask.nonzero()[:, 0]
+            index = real[torch.arange(min(len(real), TOKENS), device=real.device) * len(real) // min(len(real), TOKENS)]
+            three = (x.index_select(2, index).float() for x in (call.query, call.key, call.value))
+            every = (x.repeat_interleave(call.query.shape[1] // x.shape[1], 1).split(1) for x in three)
+            for q, k, v in zip(*every, strict=True):
+                calls[site.name].append(Call(q, k, v, is_causal=plain.is_causal, scale=call.softmax_scale))
             return call.exact()
 
         return observe
 
-    flat = torch.cat(list(batches))[:samples]
-    with swapped(loaded.model, {name: observer(name) for name in calls}):
-        for image in progress(flat.split(1), "attention"):
-            loaded.model(image)
+    one = [batch.samples(x, i, i + 1) for x in batches for i in range(batch.count(x))][:samples]
+    with swapped(loaded.model, {site.name: observer(site) for site in sites}):
+        for inputs in progress(one, "attention"):
+            batch.run(loaded.model, inputs)
     return calls
 
 
 # -- one matrix ------------------------------------------------------------------------------------------------------
-
-
-def sized_layer(method: str, site: Geometry, stored: float, split: float, seed: int) -> Scatterbrain | None:
-    """`method` at that many stored entries a row, `split` of them low-rank; None where it cannot be had at this site."""
-    sparse, low_rank = parse_method(method)
-    shares = {sparse: stored, low_rank: stored}
-    if sparse and low_rank:
-        shares = {sparse: stored * (1 - split), low_rank: stored * split}
-    parameters: dict[str, int] = {}
-    for name, part in shares.items():
-        sized = PARTS[name].sized(part, site) if name else {}
-        if sized is None:
-            return None
-        parameters |= sized
-    try:
-        return Scatterbrain(method, site, seed, **parameters)
-    except SbpatchError:  # clusters on a causal site that has no wide window
-        return None
 
 
 def _head(site: Site, head: int, call: Call) -> tuple[Tensor, Tensor, Tensor, Geometry]:
@@ -220,57 +201,15 @@ def against_robust_pca(points: Sequence[Mapping[str, Any]]) -> dict[str, dict[st
     return summary
 
 
-def _cases(sites: Sequence[tuple[Site, int]], calls: Mapping[str, list[Call]], seed: int) -> dict[str, list[Case]]:
-    """(q, k, geometry) with logits q.k to measure, by site; first those of Process 1, no model's."""
-    q = process_queries(**PROCESS, seed=seed)[None, None].float() * math.sqrt(ENTRY_BETA)  # type: ignore[arg-type]
-    cases: dict[str, list[Case]] = {"Process 1": [(q, q, Geometry(q.shape[-2], 1, q.shape[-1]))]}
-    for site, head in sites:
+def _cases(heads: Sequence[tuple[Site, int]], calls: Mapping[str, list[Call]], seed: int) -> dict[str, list[Case]]:
+    """What single entries are measured of, by site; first Process 1, no model's."""
+    cases = {"Process 1": [process_case(seed)]}
+    for site, head in heads:
         for call in calls[site.name][:ENTRY_SAMPLES]:
             q, k, _, geometry = _head(site, head, call)
             root = call.softmax_scale**0.5
             cases.setdefault(site.name, []).append((q * root, k * root, geometry))
     return cases
-
-
-def _entries(name: str, cases: Sequence[Case], seed: int) -> dict[str, Any]:
-    """Mean squared error of exp(q.k) / Z by bins of q.k, Z the exact row sum; over heads, samples and seeds."""
-    exact, found = [], dict.fromkeys(ENTRY_METHODS, torch.zeros(0, dtype=torch.float64))
-    for q, k, geometry in cases:
-        logits = (q.double() @ k.double().mT)[0, 0]
-        allowed = torch.ones_like(logits, dtype=torch.bool)
-        allowed = allowed.tril() if geometry.causal else allowed
-        log_sum = logits.masked_fill(~allowed, -torch.inf).logsumexp(-1, keepdim=True)
-        exact.append(logits[allowed].cpu())
-        for method in ENTRY_METHODS:
-            wrong, stored = torch.zeros_like(logits), 2 * rank_for(geometry.tokens, geometry.tokens, SHARE)
-            for draw in range(ENTRY_SEEDS):
-                layer = sized_layer(method, geometry, stored, 0.5, seed + 101 * draw)
-                if layer is None:  # too few tokens for the method
-                    wrong += torch.nan
-                    continue
-                layer = layer.to(q.device)
-                gap = -(logits - log_sum).exp()
-                if layer.low_rank is not None:
-                    gap += layer.low_rank.dense(q, k, None)[0, 0] * (-log_sum).exp()
-                if layer.support is not None:
-                    gap = gap.masked_fill(layer.support.dense(q, k, None).expand(1, 1, *logits.shape)[0, 0], 0)
-                wrong += gap.square() / ENTRY_SEEDS
-            found[method] = torch.cat((found[method], wrong[allowed].cpu()))
-    return {"site": name, "tokens": cases[0][2].tokens, **binned(torch.cat(exact), found)}
-
-
-def binned(x: Tensor, columns: Mapping[str, Tensor], bins: int = ENTRY_BINS) -> dict[str, Any]:
-    """Means of the columns over equal steps of x between its 0.1 and 99.9 percentiles; None for an empty step."""
-    x_sorted = x.sort().values
-    low, high = (float(x_sorted[round(p * (len(x) - 1))]) for p in (0.001, 0.999))
-    width = (high - low) / bins or 1.0
-    place = ((x - low) / width).long().clamp(0, bins - 1)
-    count = torch.bincount(place, minlength=bins)
-    mse = {}
-    for name, y in columns.items():
-        total = torch.bincount(place, y, minlength=bins)
-        mse[name] = [float(s / c) if c and s.isfinite() else None for s, c in zip(total, count, strict=True)]
-    return {"qk": [low + (i + 0.5) * width for i in range(bins)], "count": count.tolist(), "mse": mse}
 
 
 # -- output ----------------------------------------------------------------------------------------------------------

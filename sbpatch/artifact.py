@@ -55,9 +55,7 @@ def save(directory: Path, checkpoint: Checkpoint, plan: Plan) -> None:
     check_output(directory)
     with written_whole(directory) as fresh:
         fresh.mkdir()
-        weights = {name: tensor.contiguous() for name, tensor in checkpoint.model.state_dict().items()}
-        save_file(weights, fresh / "model.safetensors", metadata={"format": "pt"})
-        (fresh / "config.json").write_text(json.dumps(checkpoint.config, indent=2) + "\n", encoding="utf-8")
+        _save_base(fresh, checkpoint)
         if plan.tensors:
             save_file({name: tensor.contiguous() for name, tensor in plan.tensors.items()}, fresh / TENSORS_FILE)
         (fresh / PLAN_FILE).write_text(plan.to_json(), encoding="utf-8")
@@ -65,6 +63,18 @@ def save(directory: Path, checkpoint: Checkpoint, plan: Plan) -> None:
         plot_plan(plan, fresh / "report.png")
         for tensors in fresh.glob("*.safetensors"):
             tensors.chmod(0o644)  # safetensors makes them readable by their owner alone
+
+
+def _save_base(folder: Path, checkpoint: Checkpoint) -> None:
+    """The unpatched model and what prepares its inputs, so that the library it is from can load them."""
+    if checkpoint.family == "transformers":
+        from . import transformers_models  # slow to import, and only such models need it
+
+        transformers_models.save(folder, checkpoint)
+        return
+    weights = {name: tensor.contiguous() for name, tensor in checkpoint.model.state_dict().items()}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(checkpoint.config, indent=2) + "\n", encoding="utf-8")
 
 
 def copy(directory: Path, target: Path) -> None:

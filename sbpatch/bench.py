@@ -12,11 +12,11 @@ from rich.console import RenderableType
 from torch import Tensor
 
 from .attention import PARTS, Geometry, Scatterbrain, parse_method
-from .calibrate import Progress, no_progress
 from .errors import SbpatchError
 from .evaluate import eager_attention
 from .fidelity import output_error
 from .measure import elapsed_ms, peak_memory_bytes
+from .progress import Progress, no_progress
 from .report import readable_bytes, simple_table
 from .sites import Call
 

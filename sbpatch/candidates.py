@@ -1,110 +1,190 @@
-"""The layers that calibration tries at a site, and the choice of one for each under the budget of the whole."""
+"""The layers that calibration tries at a site, and what it measured of each."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from .attention import PARTS, Scatterbrain, parse_method
+from .attention.clusters import Clusters
+from .attention.per_head import Exact, Layer
 from .attention.registry import NAIVE
+from .calls import Call
 from .errors import SbpatchError
 from .fidelity import output_error
-from .plan import Plan, SitePlan
-from .sites import Call
+from .measure import elapsed_ms
+from .plan import SitePlan
+from .sensitivity import damage
 
-LEVELS = tuple(2 ** (i / 3) for i in range(-5, 13))  # site budgets tried, from a third to 16 times the budget
-SHARES = (0.25, 0.5, 0.75)  # of a site's budget for the low-rank part, beside 0, 1 and the entropy's
+Objective = Literal["memory", "time"]
+Allocation = Literal["joint", "measured", "entropy", "uniform"]
+FINE, COARSE = 2 ** (1 / 3), 2**0.5  # steps between the budgets tried at a head
+FEW_HEADS = 16  # of all sites together, up to which the steps are fine
+LOWEST, HIGHEST = 1 / 8, 16.0  # budgets tried, in multiples of the one asked for; from 1 / 4 on where steps are fine
+LARGEST = 0.75  # share of a row above which only exact attention is tried
+SHARES = (0.5,)  # of a budget for the low-rank part, beside 0, 1 and the entropy's
+CAUSAL_SHARES = (0.2, 0.4)  # the window has to reach over a chunk of clusters, and few clusters go far
+PEAKED = 0.6  # entropy / ln n below which a query's largest keys are looked for by content, not only by place
+GAINS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, -0.5)  # of the low-rank part beside a sparse one, in nats
 PROMISING = 1.25  # times the lowest error at no higher cost: what the first look must not exceed
 SIMPLER = 0.6  # of the error of a method of one part, at no higher cost: what a joined one must get below
 
 
 @dataclass
 class Candidate:
-    """A layer tried at a site, with the mean of its output errors over what it has seen."""
+    """A layer tried at a site, with sums per head over the samples it has seen, for each of `gains` of the low-rank part."""
 
-    layer: Scatterbrain
-    error_sum: float = 0.0
+    layer: Layer
+    error_sum: Tensor = field(init=False)  # (gains, H) of output errors
+    damage_sum: Tensor = field(init=False)  # (gains, H) see sensitivity
     seen: int = 0
+    ms: list[float] = field(default_factory=list)  # per sample and head, one a batch
+
+    def __post_init__(self) -> None:
+        shape = (len(self.gains), self.layer.site.heads)
+        self.error_sum, self.damage_sum = (torch.zeros(shape, dtype=torch.float64) for _ in range(2))
 
     @property
-    def error(self) -> float:
-        return self.error_sum / max(self.seen, 1)
+    def gains(self) -> tuple[float, ...]:
+        return GAINS if isinstance(self.layer, Scatterbrain) and self.layer.gain is not None else (0.0,)
 
-    def cost(self, site: SitePlan) -> float:
-        """Entries stored for one sample."""
-        return self.layer.stored * site.tokens * site.heads
+    @property
+    def best(self) -> Tensor:
+        """Index of each head's gain of least damage, (1, H)."""
+        return self.damage_sum.argmin(0, keepdim=True)
 
-    def observe(self, call: Call, exact: Tensor) -> None:
-        error = output_error(self.layer(call.query, call.key, call.value, scale=call.scale), exact)
-        self.error_sum += float(error.sum())
-        self.seen += error.numel()
+    @property
+    def errors(self) -> Tensor:
+        """Mean output error of each head at its gain."""
+        return self.error_sum.gather(0, self.best)[0] / max(self.seen, 1)
+
+    @property
+    def damages(self) -> Tensor:
+        """Mean damage of each head at its gain."""
+        return self.damage_sum.gather(0, self.best)[0] / max(self.seen, 1)
+
+    def learned(self) -> Layer:
+        """The layer, with the gains that were best."""
+        if isinstance(self.layer, Scatterbrain) and self.layer.gain is not None:
+            self.layer.gain.copy_(torch.tensor(self.gains)[self.best[0]])
+        return self.layer
+
+    @property
+    def joined(self) -> bool:
+        return "+" in self.layer.method
+
+    def entries(self) -> float:
+        """Entries that one head stores for one sample."""
+        return self.layer.stored * self.layer.site.tokens
+
+    def cost(self, objective: Objective) -> float:
+        """What one head costs for one sample: entries stored, or milliseconds (the median batch)."""
+        return sorted(self.ms)[len(self.ms) // 2] if objective == "time" else self.entries()
+
+    def observe(self, call: Call, exact: Tensor, gradient: Tensor) -> None:
+        """Run the layer on a plain call and add up how far it is from `exact` (B, H, n, d)."""
+
+        def work() -> list[Tensor]:
+            q, k, v, mask = call.query, call.key, call.value, call.key_mask
+            if not isinstance(self.layer, Scatterbrain) or self.layer.gain is None:
+                return [self.layer(q, k, v, key_mask=mask, scale=call.scale)]
+            sums = self.layer.split(q, k, v, mask, call.softmax_scale)
+            return [self.layer.merged(*sums, torch.full_like(self.layer.gain, gain)) for gain in self.gains]
+
+        found, ms = elapsed_ms(work, call.query.device)
+        self.ms.append(ms / exact.shape[0] / exact.shape[1])
+        for i, output in enumerate(found):
+            output = output.to(exact.dtype)
+            self.error_sum[i] += output_error(output, exact, call.key_mask).sum(0).double().cpu()
+            self.damage_sum[i] += damage(output, exact, gradient).sum(0).double().cpu()
+        self.seen += len(exact)
 
 
 def site_seed(seed: int, index: int) -> int:
     return seed * 10_007 + 2 * index
 
 
-def candidates_for(
-    site: SitePlan, plan: Plan, index: int, method: str, device: torch.device, uniform: bool = False
-) -> list[Candidate]:
-    """Layers to try at a site: methods x splits x budgets, simplest first, none that the whole budget could not pay for.
+def auto_methods(site: SitePlan) -> list[str]:
+    """Joined methods that `auto` tries, with the parts of each alone."""
+    if site.causal:
+        return ["sinks+clusters"]
+    methods = ["window2d+clusters" if site.grid is not None else "window+clusters", "lsh+clusters"]
+    assert site.entropy_ratio is not None
+    return methods + (["top-clusters+clusters"] if site.entropy_ratio < PEAKED else [])
 
-    `uniform`: every site at the budget itself, and joined methods joined, as a comparison of methods wants it.
+
+def candidates_for(
+    site: SitePlan,
+    seed: int,
+    budget: float,
+    *,
+    method: str,
+    allocation: Allocation,
+    heads: int,
+    device: torch.device,
+) -> list[Candidate]:
+    """Layers to try at a site: methods x splits x budgets, simplest first, exact attention last.
+
+    Args:
+        seed: of what the layers draw.
+        budget: shares of a row's keys are tried around this one, and only this one unless the allocation is joint.
+        method: `auto`, or one method, of which the parts alone are tried too where the allocation is joint.
+        heads: of all sites together; many heads are tried in coarser steps.
     """
     assert site.entropy_ratio is not None
-    if method == "auto":
-        local = "window2d" if site.grid is not None else "window"
-        methods = [f"{local}+clusters", "lsh+clusters"] if not site.causal else ["window+clusters"]
-    else:
-        methods = [method]
-    whole = sum(s.entries for s in plan.patched)
+    joint = allocation == "joint"
+    methods = auto_methods(site) if method == "auto" else [method]
+    if allocation in ("entropy", "uniform"):
+        methods = methods[:1]
     tried: dict[str, Candidate] = {}
-    for level in (1.0,) if uniform else LEVELS:
-        share_of_n = min(plan.budget.requested * level, 0.5)
-        if share_of_n * site.entries > plan.budget.requested * whole * (1 + 1e-9):
-            continue
-        stored = share_of_n * site.tokens
+    for level, share_of_row in enumerate(_budgets(budget, heads) if joint else [budget]):
         for joined in methods:
             sparse, low_rank = parse_method(joined)
-            shares = [site.entropy_ratio, *SHARES] if uniform else [1.0, 0.0, site.entropy_ratio, *SHARES]
-            if not (sparse and low_rank):
-                shares = [1.0 if low_rank else 0.0]
             prefix = NAIVE if joined.startswith(NAIVE) else ""
-            for share in shares:
-                layer = _layer(prefix, sparse, low_rank, stored, share, site, site_seed(plan.seed, index))
-                if layer is not None:
+            for share in _shares(sparse, low_rank, site, allocation, alone=joint or method == "auto"):
+                if 0 < share < 1 and heads <= FEW_HEADS and level % 2:
+                    continue  # joined methods in coarser steps: they are many, and slow
+                stored = share_of_row * site.geometry.row_keys
+                layer = _layer(prefix, sparse, low_rank, stored, share, site, seed)
+                if layer is not None and layer.stored < site.geometry.row_keys:
                     tried.setdefault(f"{layer.method} {layer.parameters_used}", Candidate(layer.to(device)))
+                    if allocation in ("entropy", "uniform"):
+                        break  # what follows is for where the rule's split leaves a part too little to work with
+    if joint and not method.startswith(NAIVE):
+        tried["exact"] = Candidate(Exact(site.geometry))
     if not tried:
         raise SbpatchError(
-            f"budget {plan.budget.requested:g} leaves site '{site.name}' ({site.tokens} tokens) less than {method} can work "
+            f"budget {budget:g} leaves site '{site.name}' ({site.tokens} tokens) less than {method} can work "
             "with: raise --budget or exclude the site"
         )
     return list(tried.values())
 
 
-def promising(tried: list[Candidate], site: SitePlan) -> list[Candidate]:
-    """Candidates whose error is near the lowest of all that cost no more."""
-    best: float = math.inf
-    kept = []
-    for candidate in sorted(tried, key=lambda c: (c.cost(site), c.error)):
-        best = min(best, candidate.error)
-        if candidate.error <= PROMISING * best:
-            kept.append(candidate)
-    return kept
+def _budgets(budget: float, heads: int) -> list[float]:
+    step, lowest = (FINE, 2 * LOWEST) if heads <= FEW_HEADS else (COARSE, LOWEST)
+    count = round(math.log(HIGHEST / lowest, step))
+    levels = (budget * lowest * step**i for i in range(count + 1))
+    return [level for level in levels if level <= LARGEST] or [budget]
 
 
-def worth_their_time(tried: list[Candidate], site: SitePlan) -> list[Candidate]:
-    """Methods of one part, and the joined ones that are clearly better: two parts take more time than one of equal size."""
-    alone = [c for c in tried if "+" not in c.layer.method]
-
-    def limit(candidate: Candidate) -> float:
-        affordable = (c.error for c in alone if c.cost(site) <= candidate.cost(site))
-        return SIMPLER * min(affordable, default=math.inf)
-
-    return alone + [c for c in tried if c not in alone and c.error < limit(c)]
+def _shares(
+    sparse: str | None, low_rank: str | None, site: SitePlan, allocation: Allocation, alone: bool
+) -> Sequence[float]:
+    """Splits to try: the low-rank part's share of what is stored."""
+    if not (sparse and low_rank):
+        return [1.0 if low_rank else 0.0]
+    assert site.entropy_ratio is not None
+    if allocation == "uniform":
+        return [0.5, 1.0, 0.0]
+    if allocation == "entropy":
+        return [site.entropy_ratio, 1.0, 0.0]
+    grid = CAUSAL_SHARES if site.causal else (site.entropy_ratio, *SHARES)
+    return [1.0, 0.0, *grid] if alone else grid
 
 
 def _layer(
@@ -121,43 +201,32 @@ def _layer(
             return None
         names.append(name)
         parameters |= sized
-    if site.causal and low_rank in names and low_rank == "clusters" and parameters.get("window", 0) < 64:
-        return None  # causal clusters need the window to cover their chunk
     if not names:
         return None
+    if site.causal and names[-1] == "clusters" and parameters.get("window", 0) < Clusters.CAUSAL_CHUNK:
+        return None  # causal clusters need the window to cover their chunk
     method = "+".join(names)
     return Scatterbrain(prefix + method if len(names) == 2 else method, site.geometry, seed, **parameters)
 
 
-def allocate(plan: Plan, candidates: dict[str, list[Candidate]]) -> dict[str, Candidate]:
-    """One candidate a site, the summed squared output error small, the stored entries within the budget.
+def promising(tried: list[Candidate], objective: Objective = "memory") -> list[Candidate]:
+    """Candidates that for some head are near the lowest error, or the lowest damage, of all that cost no more."""
+    best = torch.full((2, tried[0].layer.site.heads), math.inf, dtype=torch.float64)
+    kept = []
+    for candidate in sorted(tried, key=lambda c: (c.cost(objective), float(c.errors.mean()))):
+        found = torch.stack((candidate.errors, candidate.damages.sqrt()))
+        best = torch.minimum(best, found)
+        if bool((found <= PROMISING * best).any()):
+            kept.append(candidate)
+    return kept
 
-    Raises:
-        SbpatchError: even the cheapest candidates together exceed the budget.
-    """
-    sites = {site.name: site for site in plan.patched}
-    limit = plan.budget.requested * sum(site.entries for site in sites.values()) * (1 + 1e-9)
-    chosen = {name: min(tried, key=lambda c: c.cost(sites[name])) for name, tried in candidates.items()}
-    spent = sum(c.cost(sites[name]) for name, c in chosen.items())
-    if spent > limit:
-        raise SbpatchError(
-            f"budget {plan.budget.requested:g} cannot be met: the smallest patch of these {len(sites)} sites stores "
-            f"{spent / limit * plan.budget.requested:.3g} of the entries"
-        )
-    while True:
-        best: tuple[float, str, Candidate] | None = None
-        for name, current in chosen.items():
-            for candidate in candidates[name]:
-                more = candidate.cost(sites[name]) - current.cost(sites[name])
-                gain = current.error**2 - candidate.error**2
-                if gain <= 0 or spent + more > limit:
-                    continue
-                rate = gain / more if more > 0 else math.inf
-                if best is None or rate > best[0] or (rate == best[0] == math.inf and candidate.error < best[2].error):
-                    best = (rate, name, candidate)
-        if best is None:
-            break
-        _, name, candidate = best
-        spent += candidate.cost(sites[name]) - chosen[name].cost(sites[name])
-        chosen[name] = candidate
-    return chosen
+
+def worth_their_time(tried: Sequence[Candidate], head: int) -> list[Candidate]:
+    """Methods of one part, and the joined ones that are clearly better: two parts take more time than one of equal size."""
+    alone = [c for c in tried if not c.joined]
+
+    def limit(candidate: Candidate) -> float:
+        affordable = (float(c.errors[head]) for c in alone if c.entries() <= candidate.entries())
+        return SIMPLER * min(affordable, default=math.inf)
+
+    return [c for c in tried if not c.joined or float(c.errors[head]) < limit(c)]

@@ -9,37 +9,48 @@ import json
 import sys
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
 
 from . import __version__, artifact, evaluate, export, report
 from .calibrate import calibrate, first_decision
-from .data import batches, open_images, sample_images
+from .candidates import Allocation, Objective
 from .errors import SbpatchError
 from .flags import (
     CheckpointFile,
     DataDir,
+    Dataset,
     Device,
     DeviceFlag,
     Dtype,
     DtypeFlag,
     InputSize,
     JsonFile,
+    Length,
     Model,
     Quiet,
     Seed,
-    default_data,
+    Source,
+    calibration_set,
+    default_batch,
     err,
+    evaluation_set,
+    input_batches,
+    open_model,
     out,
     progress_bars,
+    size_of,
     write_json,
 )  # fmt: skip
-from .models import load_checkpoint
+from .inputs import moved
+from .journal import Journal
 from .patch import read_plan
 from .plan import PLAN_FILE, Budget, Plan, SitePlan, versions
+from .preprocessing import TextPreprocessing
 from .recipe import read_recipe
+from .samples import batches
 from .sites import find_sites
 from .studies import analyze_command, bench_command, compare_command
 
@@ -63,6 +74,7 @@ def main_options(
 def inspect_command(
     model: Model,
     input_size: InputSize = None,
+    length: Length = None,
     checkpoint: CheckpointFile = None,
     device: DeviceFlag = Device.auto,
     seed: Seed = 0,
@@ -70,9 +82,9 @@ def inspect_command(
     quiet: Quiet = False,
 ) -> None:
     """List the attention sites of MODEL: what would be patched, what not, and why."""
-    loaded = load_checkpoint(model, checkpoint, input_size)
+    loaded = open_model(model, checkpoint, input_size, length)
     where = device.resolve()
-    probe = torch.zeros(1, *loaded.preprocessing.input_size, device=where)
+    probe = moved(loaded.preprocessing.probe(), where, torch.float32)
     sites = [SitePlan.of(site, *first_decision(site)) for site in find_sites(loaded.model.to(where).eval(), probe)]
     plan = Plan(model=loaded.name, seed=seed, budget=Budget(requested=1.0), sites=sites)
     if not quiet:
@@ -85,13 +97,20 @@ def calibrate_command(
     model: Model,
     output: Annotated[Path, typer.Option("-o", "--output", help="directory to write")] = Path("sbpatch-out"),
     checkpoint: CheckpointFile = None,
-    source: Annotated[
-        str | None, typer.Option("--data", help="where the sample comes from: a data set's name or path")
-    ] = None,
+    source: Source = None,
     data_dir: DataDir = None,
     samples: Annotated[int, typer.Option("--samples", min=1)] = 32,
     budget: Annotated[
-        float | None, typer.Option("--budget", help="entries stored / entries, over the patched sites")
+        float | None,
+        typer.Option("--budget", help="entries stored / entries of exact attention, over all sites it decides on"),
+    ] = None,
+    max_drop: Annotated[
+        float | None,
+        typer.Option("--max-drop", help="in place of a budget: points of top-1, or percent of perplexity, it may cost"),
+    ] = None,
+    objective: Annotated[Objective | None, typer.Option("--objective", help="what the budget is a share of")] = None,
+    allocation: Annotated[
+        Allocation | None, typer.Option("--allocation", help="joint, or a simpler rule to compare with it")
     ] = None,
     method: Annotated[str | None, typer.Option("--method", help="auto, or a method such as window2d+clusters")] = None,
     recipe: Annotated[Path | None, typer.Option("--recipe", help="YAML file with settings; flags go before it")] = None,
@@ -101,6 +120,7 @@ def calibrate_command(
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="show the plan, write nothing")] = False,
     input_size: InputSize = None,
+    length: Length = None,
     device: DeviceFlag = Device.auto,
     dtype: DtypeFlag = Dtype.float32,
     seed: Seed = 0,
@@ -108,35 +128,50 @@ def calibrate_command(
     quiet: Quiet = False,
 ) -> None:
     """Measure the attention of MODEL on a sample, plan its patch under a budget, and write the patched directory."""
+    if budget is not None and max_drop is not None:
+        raise typer.BadParameter("give a budget or a largest drop, not both", param_hint="--budget / --max-drop")
     settings = read_recipe(recipe)
     if not dry_run:
         artifact.check_output(output)
-    loaded = load_checkpoint(model, checkpoint, input_size)
-    source = source or settings.data or default_data(loaded)
-    images = sample_images(source, loaded.preprocessing, samples, seed, data_dir=data_dir)
+    loaded = open_model(model, checkpoint, input_size, length)
+    data = calibration_set(loaded, source or settings.data, samples, seed, data_dir)
     where, kind = device.resolve(), getattr(torch, dtype.value)
-    inputs = [x.to(where, kind) for x, _ in batches(images, 8)]
-    plan = calibrate(
-        loaded.model.to(where, kind),
-        inputs,
-        budget=settings.budget if budget is None else budget,
-        method=method or settings.method,
-        seed=seed,
-        include=include or settings.include,
-        exclude=exclude or settings.exclude,
-        min_tokens=settings.min_tokens,
-        fixed=settings.sites,
-        name=loaded.name,
-        progress=progress_bars(quiet),
+    options: dict[str, Any] = {
+        "budget": settings.budget if budget is None else budget,
+        "max_drop": settings.max_drop if max_drop is None and budget is None else max_drop,
+        "method": method or settings.method,
+        "objective": objective or settings.objective,
+        "allocation": allocation or settings.allocation,
+        "seed": seed,
+        "include": include or settings.include,
+        "exclude": exclude or settings.exclude,
+        "min_tokens": settings.min_tokens,
+    }
+    measured_on = (loaded.sha256, size_of(loaded), data.fingerprint(), where, dtype.value, versions())
+    journal = Journal(
+        None if dry_run else output.absolute().with_name(f".{output.absolute().name}.calibrating"),
+        json.dumps([options, settings.model_dump(mode="json")["sites"], *measured_on]),
     )
-    plan.base_sha256, plan.input_size = loaded.sha256, list(loaded.preprocessing.input_size)
-    plan.data = {"source": images.name, "samples": len(images), "fingerprint": images.fingerprint()}
+    with journal.removed_on_refusal():
+        plan = calibrate(
+            loaded.model.to(where, kind),
+            input_batches(loaded, data, where, kind),
+            answer=loaded.answer,
+            **options,
+            fixed=settings.sites,
+            name=loaded.name,
+            journal=journal,
+            progress=progress_bars(quiet),
+        )
+    plan.base_sha256, plan.input_size = loaded.sha256, size_of(loaded)
+    plan.data = {"source": data.name, "samples": len(data), "fingerprint": data.fingerprint()}
     plan.device, plan.dtype = where, dtype.value
     if not quiet:
         out.print(report.plan_table(plan))
     if not dry_run:
         loaded.model.to("cpu", torch.float32)
         artifact.save(output, loaded, plan)
+        journal.close()
         if not quiet:
             out.print(
                 f"written to {output}: plan, weights, model card and report.png; next: sbpatch eval {output} --dataset NAME"
@@ -146,13 +181,19 @@ def calibrate_command(
 
 @app.command("eval")
 def eval_command(
-    dataset: Annotated[str, typer.Option("--dataset", help="demo, imagenet-val, cifar10, a path or a hub id")],
+    dataset: Dataset,
     model: Annotated[
         str, typer.Argument(metavar="[DIR|MODEL]", help="what calibrate wrote, or any MODEL")
     ] = "sbpatch-out",
     data_dir: DataDir = None,
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="that many samples, spread evenly")] = None,
-    batch_size: Annotated[int, typer.Option("--batch-size", min=1)] = 8,
+    length: Length = None,
+    stride: Annotated[
+        int | None, typer.Option("--stride", min=1, help="tokens newly scored a window; default: all of them")
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option("--batch-size", min=1, help="default: 8, for causal models 1")
+    ] = None,
     checkpoint: CheckpointFile = None,
     device: DeviceFlag = Device.auto,
     dtype: DtypeFlag = Dtype.float32,
@@ -160,21 +201,20 @@ def eval_command(
     json_file: JsonFile = None,
     quiet: Quiet = False,
 ) -> None:
-    """Accuracy, agreement, time and memory of the model in eager mode, with SDPA, and patched, side by side."""
+    """Accuracy or perplexity, agreement, time and memory of the model in eager mode, with SDPA, and patched, side by side."""
     plan = read_plan(Path(model)) if model == "sbpatch-out" or (Path(model) / PLAN_FILE).is_file() else None
-    loaded = load_checkpoint(model, checkpoint, plan.input_size[-1] if plan and plan.input_size else None)
-    images = open_images(dataset, loaded.preprocessing, data_dir=data_dir, limit=limit)
-    images.check()
-    evaluate.check_classes(loaded, images)
-    subject = evaluate.Subject(model, checkpoint, device.resolve(), dtype.value)
-    variants = evaluate.evaluate(subject, images, batch_size=batch_size, progress=progress_bars(quiet))
+    loaded = open_model(model, checkpoint, length=length, plan=plan)
+    data = evaluation_set(loaded, dataset, data_dir=data_dir, limit=limit, stride=stride)
+    batch_size = batch_size or default_batch(loaded)
+    subject = evaluate.Subject(model, checkpoint, loaded.answer, device.resolve(), dtype.value)
+    variants = evaluate.evaluate(subject, data, batch_size=batch_size, progress=progress_bars(quiet))
     sites = plan.sites if plan else evaluate.exact_sites(loaded)
     for name, figures in variants.items():
         figures["attention_memory_bytes"] = evaluate.attention_memory_bytes(sites, name, subject)
     result = {
         "model": plan.model if plan else loaded.name,
-        "dataset": images.name,
-        "samples": len(images),
+        "dataset": data.name,
+        "samples": len(data),
         "batch_size": batch_size,
         "seed": plan.seed if plan else seed,
         "device": evaluate.device_name(subject.device),
@@ -182,6 +222,8 @@ def eval_command(
         "versions": versions(),
         "variants": variants,
     }
+    if isinstance(loaded.preprocessing, TextPreprocessing):
+        result["length"] = loaded.preprocessing.tokens
     if not quiet:
         out.print(report.eval_table(result))
     write_json(json_file, json.dumps(result, indent=2) + "\n")
@@ -200,12 +242,12 @@ def export_command(
 ) -> None:
     """Export the patched model, run it in its own runtime, and print the largest difference to the model."""
     plan = read_plan(directory)
-    loaded = load_checkpoint(str(directory), None, plan.input_size[-1] if plan.input_size else None)
+    loaded = open_model(str(directory), plan=plan)
     source = "demo" if plan.data.get("source") == "demo" else None
-    images = next(batches(sample_images(source, loaded.preprocessing, 3, seed), 3))[0]
+    inputs = next(batches(calibration_set(loaded, source, 3, seed), 3))[0]
     target = output or export.default_path(directory, form)
     with err.status(f"exporting to {form.value}") if not quiet else nullcontext():
-        difference = export.export(directory, form, target, images)
+        difference = export.export(directory, form, target, inputs)
     if not quiet:
         size = export.size_bytes(target) / 1e6
         out.print(

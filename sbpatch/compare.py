@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from matplotlib.figure import Figure
-from rich.console import RenderableType
+from rich.console import JustifyMethod, RenderableType
 from torch import Tensor, nn
 
+from .answers import Kept, Scores, kept
 from .attention.registry import ALIASES, PARTS
-from .calibrate import Progress, calibrate, no_progress
+from .calibrate import calibrate
+from .candidates import Allocation
 from .errors import SbpatchError
+from .inputs import Inputs, device, run
 from .measure import elapsed_ms
+from .models import Answer
 from .patch import patch, unpatch
 from .plan import Plan
-from .report import simple_table
+from .progress import Progress, no_progress
+from .report import QUALITY, simple_table
 
 METHODS = (
     "window", "window2d", "lsh", "favor", "naive:lsh+favor", "lsh+favor", "window+favor", "bigbird", "strided", "nystromformer",
@@ -38,109 +44,124 @@ def method_names() -> str:
 @torch.inference_mode()
 def compare(
     model: nn.Module,
-    sample: Sequence[Tensor],
-    evaluation: Sequence[tuple[Tensor, Tensor]],
+    sample: Sequence[Inputs],
+    evaluation: Sequence[tuple[Inputs, Tensor]],
     *,
     methods: Sequence[str],
     budgets: Sequence[float],
+    answer: Answer = "classes",
+    allocations: Sequence[Allocation] = (),
     seed: int = 0,
     progress: Progress[Any] = no_progress,
 ) -> list[dict[str, Any]]:
     """One row a method and budget, in the contract's keys, the first row the exact model (`exact`, budget 1).
 
     A method's parameters come from its budget; of a joined one the split with the lowest output error on the sample is taken.
-    `auto` is what `calibrate` would do: it may give sites unequal budgets. Time is the median of a batch, all in one process.
+    `auto` is what `calibrate` would do: it may give sites unequal budgets. With `allocations` there is a row for each of
+    them, the budget shared out by that rule of `calibrate`, and it is the row's `allocation`. Errors are means over the
+    sites that calibration decided on; one that it left exact has none. Time is the median of a batch, all in one process.
 
     Raises:
         SbpatchError: an unknown method; one that cannot work in a budget is left out, with the reason as its row's `skipped`.
     """
-    device = sample[0].device
-    labels = torch.cat([y for _, y in evaluation])
+    place = device(sample[0])
 
-    def run() -> tuple[Tensor, float]:
-        found = [elapsed_ms(lambda x=x: model(x), device) for x, _ in evaluation]  # type: ignore[misc]
-        return torch.cat([logits.cpu() for logits, _ in found]).argmax(-1), statistics.median(ms for _, ms in found)
+    def answers() -> tuple[list[Kept], float]:
+        found, times = [], []
+        for x, y in evaluation:
+            output, ms = elapsed_ms(partial(run, model, x), place)
+            found.append(kept(answer, output, x, y))
+            times.append(ms)
+        return found, statistics.median(times)
 
-    exact, ms = run()
-    rows: list[dict[str, Any]] = [_row("exact", 1.0, exact, exact, labels, ms)]
-    for method, budget in progress([(m, b) for b in budgets for m in methods], "comparing"):
+    exact, ms = answers()
+    rows: list[dict[str, Any]] = [{"method": "exact", "budget": 1.0} | _figures(exact, exact, ms)]
+    rules: Sequence[Allocation | None] = allocations or [None]
+    for method, budget, asked in progress([(m, b, a) for b in budgets for m in methods for a in rules], "comparing"):
+        named = {"method": method} | ({"allocation": asked} if asked else {})
         try:
-            plan = calibrate(model, sample, budget=budget, method=method, seed=seed, uniform=method != "auto")
+            rule: Allocation = asked or ("joint" if method == "auto" else "measured")
+            plan = calibrate(model, sample, budget=budget, method=method, seed=seed, allocation=rule, answer=answer)
         except SbpatchError as error:
             if str(error).startswith("unknown attention method"):
                 raise
-            rows.append({"method": method, "budget": budget, "skipped": str(error)})
+            rows.append(named | {"budget": budget, "skipped": str(error)})
             continue
         patch(model, plan)
         try:
-            predicted, ms = run()
+            found, ms = answers()
         finally:
             unpatch(model)
-        rows.append(_row(method, plan.budget.used, predicted, exact, labels, ms) | _errors(plan))
+        rows.append(named | {"budget": plan.budget.used} | _figures(found, exact, ms) | _errors(plan))
     return rows
 
 
-def _row(method: str, budget: float, predicted: Tensor, exact: Tensor, labels: Tensor, ms: float) -> dict[str, Any]:
-    row: dict[str, Any] = {"method": method, "budget": budget}
-    if bool((labels >= 0).all()):
-        row["top1"] = 100 * float((predicted == labels).float().mean())
-    return row | {"agreement": 100 * float((predicted == exact).float().mean()), "latency_ms": ms}
+def _figures(found: Sequence[Kept], exact: Sequence[Kept], ms: float) -> dict[str, Any]:
+    scores = Scores()
+    for one, true in zip(found, exact, strict=True):
+        scores.add(one, true)
+    quality = {name: value for name, value in scores.figures().items() if name != "top5"}
+    return quality | {"latency_ms": ms}
 
 
 def _errors(plan: Plan) -> dict[str, Any]:
-    sites = [site.model_dump(by_alias=True, exclude_none=True) for site in plan.patched]
+    decided = [site for site in plan.sites if site.method is not None]
+
+    def mean(key: str) -> float:
+        return statistics.mean(getattr(site, key) if site.decision == "patch" else 0.0 for site in decided)
+
     return {
-        "matrix_error": statistics.mean(site["matrix_error"] for site in sites),
-        "output_error": statistics.mean(site["output_error"] for site in sites),
-        "sites": sites,
+        "matrix_error": mean("matrix_error"),
+        "output_error": mean("output_error"),
+        "sites": [site.model_dump(by_alias=True, exclude_none=True) for site in decided],
     }
+
+
+def label(row: Mapping[str, Any]) -> str:
+    """A row's method, and in brackets how its budget was shared out, where that was asked for."""
+    return f"{row['method']} ({row['allocation']})" if "allocation" in row else str(row["method"])
 
 
 def table(rows: Sequence[Mapping[str, Any]], title: str) -> RenderableType:
     """Rows by budget, lowest output error first."""
-    listed = simple_table(
-        title,
-        method="left",
-        budget="right",
-        top1="right",
-        agree="right",
-        output_error="right",
-        matrix_error="right",
-        ms="right",
-    )
+    figures = {
+        **{key: (name, form) for key, (name, form, _) in QUALITY.items() if key in rows[0]},
+        **{
+            "output_error": ("output_error", ".4f"),
+            "matrix_error": ("matrix_error", ".3f"),
+            "latency_ms": ("ms", ".1f"),
+        },
+    }
+    columns: dict[str, JustifyMethod] = {"method": "left", "budget": "right"}
+    columns |= {name: "right" for name, _ in figures.values()}
+    listed = simple_table(title, **columns)
     for row in sorted(
         rows, key=lambda r: (round(r["budget"], 2) if r["budget"] < 1 else 0, r.get("output_error", 0.0))
     ):
         if "skipped" in row:
-            listed.add_row(row["method"], f"{row['budget']:.4f}", "skipped", style="dim")
+            listed.add_row(label(row), f"{row['budget']:.4f}", "skipped", style="dim")
             continue
-        figures = [
-            ("top1", ".2f"),
-            ("agreement", ".2f"),
-            ("output_error", ".4f"),
-            ("matrix_error", ".3f"),
-            ("latency_ms", ".1f"),
-        ]
-        cells = [format(row[key], form) if key in row else "" for key, form in figures]
-        listed.add_row(row["method"], f"{row['budget']:.4f}", *cells)
+        cells = [format(row[key], form) if key in row else "" for key, (_, form) in figures.items()]
+        listed.add_row(label(row), f"{row['budget']:.4f}", *cells)
     return listed
 
 
 def plot(rows: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
-    """Output error and agreement against budget, a line a method; a dot where there is one budget."""
+    """Output error and agreement (or cosine) against budget, a line a method; a dot where there is one budget."""
+    quality = "agreement" if "agreement" in rows[0] else "cosine"
     figure = Figure(figsize=(12, 5.5), layout="constrained")
     left, right = figure.subplots(1, 2)
-    names = list(dict.fromkeys(row["method"] for row in rows if "output_error" in row))
+    names = list(dict.fromkeys(label(row) for row in rows if "output_error" in row))
     for i, name in enumerate(names):
-        mine = sorted((r for r in rows if r["method"] == name and "output_error" in r), key=lambda r: r["budget"])
+        mine = sorted((r for r in rows if label(r) == name and "output_error" in r), key=lambda r: r["budget"])
         x = [100 * r["budget"] for r in mine]
         style = {"marker": "osD^vP*X"[i % 8], "color": f"C{i % 10}", "label": name, "markersize": 6, "linewidth": 1}
         left.plot(x, [r["output_error"] for r in mine], **style)
-        right.plot(x, [r["agreement"] for r in mine], **style)
+        right.plot(x, [r[quality] for r in mine], **style)
     left.set(
         xlabel="stored, % of the exact entries", ylabel="output error, mean over sites", xscale="log", yscale="log"
     )
-    right.set(xlabel="stored, % of the exact entries", ylabel="agreement with the exact model, %", xscale="log")
+    right.set(xlabel="stored, % of the exact entries", ylabel=f"{quality} with the exact model", xscale="log")
     right.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)

@@ -1,4 +1,4 @@
-"""Sample batches and evaluation sets: a name or path -> images and labels."""
+"""Sample and evaluation images: a name or path -> images and labels."""
 
 from __future__ import annotations
 
@@ -21,8 +21,10 @@ from torchvision.datasets.folder import ImageFolder
 
 from .errors import SbpatchError, one_line
 from .imagenet import imagenet_val
-from .images import ImageSet, Item, batches, decode, file_item, strided
+from .images import ImageSet, Item, decode, file_item
 from .preprocessing import Preprocessing
+from .samples import batches, strided
+from .texts import is_text
 from .weights import hub_or_cache
 
 __all__ = ["ImageSet", "batches", "digits_split", "open_images", "sample_images"]
@@ -74,6 +76,8 @@ def open_images(
         items, classes = imagenet_val([data_dir, os.environ.get("IMAGENET_DIR")]), 1000
     elif source == "cifar10" and data_dir is not None:
         items, classes = _parquet(_cifar10_files(Path(data_dir), split))
+    elif is_text(source):
+        raise SbpatchError(f"{source} is text, and this model takes images: known are {', '.join(NAMES[:3])} and paths")
     elif source == "sklearn-photos":
         raise SbpatchError("sklearn-photos has no labels: it is a calibration sample, not a set to evaluate on")
     elif path.is_dir():

@@ -1,4 +1,4 @@
-"""Accuracy, agreement, time and peak memory of a model as it is (eager and SDPA) and patched, side by side.
+"""Accuracy or perplexity, agreement, time and peak memory of a model as it is (eager and SDPA) and patched, side by side.
 
 Each variant lives in a process of its own, so that memory is its own; all processes are alive at once and take each batch in
 turn, so that a machine that slows down slows all of them and the ratios hold.
@@ -6,6 +6,7 @@ turn, so that a machine that slows down slows all of them and the ratios hold.
 
 from __future__ import annotations
 
+import inspect
 import multiprocessing
 import platform
 import statistics
@@ -20,13 +21,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .calibrate import Progress, no_progress
-from .data import ImageSet, batches
+from .answers import Kept, Scores, kept
 from .errors import SbpatchError
+from .images import ImageSet
+from .inputs import Inputs, count, moved, run, samples
+from .masks import allowed
 from .measure import elapsed_ms, peak_memory_bytes
-from .models import Checkpoint, load_checkpoint
+from .models import Answer, Checkpoint, load_checkpoint
 from .patch import patch, read_plan
 from .plan import PLAN_FILE, SitePlan
+from .progress import Progress, no_progress
+from .samples import Samples, batches
 from .sites import Call, find_sites, swap
 
 VARIANTS = ("eager", "sdpa", "patched")
@@ -38,6 +43,7 @@ class Subject:
 
     model: str
     checkpoint: Path | None = None
+    answer: Answer = "classes"
     device: str = "cpu"
     dtype: str = "float32"
     threads: int | None = None
@@ -51,62 +57,80 @@ class Subject:
 class Totals:
     """Running sums of one variant over the samples seen."""
 
-    top1: int = 0
-    top5: int = 0
-    agree: int = 0
-    labelled: int = 0
     seen: int = 0
     peak_memory: int = 0
     ms: list[float] = field(default_factory=list)  # one a batch
-
-    def add(self, logits: np.ndarray, exact: np.ndarray, labels: np.ndarray) -> None:
-        order = np.argsort(-logits, axis=1, kind="stable")
-        known = labels >= 0
-        self.top1 += int((order[:, 0] == labels)[known].sum())
-        self.top5 += int((order[:, :5] == labels[:, None]).any(1)[known].sum())
-        self.agree += int((order[:, 0] == exact.argmax(1)).sum())
-        self.labelled += int(known.sum())
-        self.seen += len(labels)
+    scores: Scores = field(default_factory=Scores)
 
     def figures(self, batch_size: int) -> dict[str, float]:
         full = self.ms[: self.seen // batch_size] or self.ms  # the last batch may be short
-        figures = {
-            "agreement": 100 * self.agree / self.seen,
+        return self.scores.figures() | {
             "latency_ms": statistics.median(full),
             "samples_per_second": 1e3 * min(batch_size, self.seen) / statistics.median(full),
             "peak_memory_bytes": self.peak_memory,
         }
-        if self.labelled:
-            figures = {"top1": 100 * self.top1 / self.labelled, "top5": 100 * self.top5 / self.labelled} | figures
-        return figures
 
 
 def eager_attention(call: Call) -> Tensor:
-    """softmax(Q K^T scale + mask) V with the matrix held in memory, as attention was written before fused kernels."""
-    logits = call.query @ call.key.mT * call.softmax_scale
-    if call.is_causal:
-        keep = torch.ones(logits.shape[-2:], dtype=torch.bool, device=logits.device).tril()
-        logits = logits.masked_fill(~keep, -torch.inf)
-    if call.attn_mask is not None:
-        mask = call.attn_mask
-        logits = logits.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else logits + mask
-    return logits.softmax(-1) @ call.value
+    """softmax(Q K^T scale + mask) V with the matrix held in memory, as attention was written before fused kernels.
+
+    A query that may see no key at all gets zeros, as PyTorch's attention gives it.
+    """
+    key, value = call.key, call.value
+    if call.enable_gqa:
+        key, value = (x.repeat_interleave(call.query.shape[-3] // x.shape[-3], -3) for x in (key, value))
+    logits = call.query @ key.mT * call.softmax_scale
+    mask = call.attn_mask
+    if call.key_mask is not None:
+        mask = allowed(call.key_mask, call.is_causal, *logits.shape[-2:])
+    elif call.is_causal:
+        mask = torch.ones(logits.shape[-2:], dtype=torch.bool, device=logits.device).tril()
+    if mask is None:
+        return logits.softmax(-1) @ value
+    if mask.dtype != torch.bool:
+        return (logits + mask).softmax(-1) @ value
+    weights = logits.masked_fill(~mask, -torch.inf).softmax(-1)
+    return weights.masked_fill(~mask.any(-1, keepdim=True), 0) @ value
 
 
-def build(subject: Subject, variant: str, example: Tensor) -> nn.Module:
+def build(subject: Subject, variant: str, example: Inputs) -> nn.Module:
     """The model in one of `VARIANTS`, on its device and in its dtype."""
     model = load_checkpoint(subject.model, subject.checkpoint).model
     if variant == "patched":
         patch(model, read_plan(Path(subject.model)))
-    model = model.to(subject.device, getattr(torch, subject.dtype))
+    dtype = getattr(torch, subject.dtype)
+    model = model.to(subject.device, dtype)
     if variant == "eager":
-        found = find_sites(model, example.to(subject.device, getattr(torch, subject.dtype)))
-        swap(model, {site.name: eager_attention for site in found})
+        found = find_sites(model, moved(example, subject.device, dtype))
+        swap(model, {site.name: eager_attention for site in found if not site.by_hand})
     return model
 
 
+def as_generation_starts(model: nn.Module, inputs: Inputs) -> Inputs:
+    """Inputs that ask a causal language model of transformers for the logits of its last position alone.
+
+    The logits of all positions over a vocabulary, which perplexity needs and generation does not, take more memory than
+    eager attention does, and would hide it.
+    """
+    if isinstance(inputs, Tensor) or "logits_to_keep" not in inspect.signature(model.forward).parameters:
+        return inputs
+    ids = inputs["input_ids"]
+    return {**inputs, "logits_to_keep": torch.tensor([ids.shape[-1] - 1], device=ids.device)}
+
+
+def _packed(inputs: Inputs) -> Any:
+    """As numpy arrays: tensors would go through shared memory, whose lifetime depends on both processes."""
+    return inputs.numpy() if isinstance(inputs, Tensor) else {name: x.numpy() for name, x in inputs.items()}
+
+
+def _unpacked(inputs: Any) -> Inputs:
+    if isinstance(inputs, np.ndarray):
+        return torch.from_numpy(inputs)
+    return {name: torch.from_numpy(x) for name, x in inputs.items()}
+
+
 def _worker(pipe: Connection, subject: Subject, variant: str) -> None:
-    """Answer ('batch' | 'memory', images) with (logits, milliseconds) or peak bytes, until None comes."""
+    """Answer ('batch' | 'memory', inputs, labels) with (what is kept, milliseconds) or peak bytes, until None comes."""
     if subject.threads:
         torch.set_num_threads(subject.threads)
     device = torch.device(subject.device)
@@ -114,17 +138,17 @@ def _worker(pipe: Connection, subject: Subject, variant: str) -> None:
     try:
         with torch.inference_mode():
             while (request := pipe.recv()) is not None:
-                task, images = request
-                x = torch.from_numpy(images).to(device, getattr(torch, subject.dtype))
+                task, packed, labels = request
+                x = moved(_unpacked(packed), device, getattr(torch, subject.dtype))
                 if model is None:
-                    model = build(subject, variant, x[:1])
-                    model(x[:1])  # lazy initialisation is no part of any figure
-                run = partial(model, x)
+                    model = build(subject, variant, samples(x, 0, 1))
+                    run(model, samples(x, 0, 1))  # lazy initialisation is no part of any figure
                 if task == "memory":
-                    pipe.send(peak_memory_bytes(run, device))
+                    pipe.send(peak_memory_bytes(partial(run, model, as_generation_starts(model, x)), device))
                 else:
-                    logits, ms = elapsed_ms(run, device)
-                    pipe.send((logits.float().cpu().numpy(), ms))
+                    output, ms = elapsed_ms(partial(run, model, x), device)
+                    pipe.send((kept(subject.answer, output, x, torch.from_numpy(labels)), ms))
+                    del output  # before the next forward: a window's logits are hundreds of megabytes
     except SbpatchError as error:
         pipe.send(error)
 
@@ -141,21 +165,21 @@ def _receive(pipe: Connection, variant: str) -> Any:
 
 def evaluate(
     subject: Subject,
-    images: ImageSet,
+    data: Samples,
     *,
     batch_size: int = 8,
     progress: Progress[Any] = no_progress,
 ) -> dict[str, dict[str, float]]:
-    """Run every variant over `images`: {variant: {top1, top5, agreement, latency_ms, ...}} with the contract's keys.
+    """Run every variant over `data`: {variant: {agreement, perplexity, latency_ms, ...}} with the keys that apply.
 
     Time is the median over batches of `batch_size`; memory is the peak of one such batch. A variant's process loads the
     model itself, so this must be called under `if __name__ == "__main__":` in a script.
 
     Raises:
-        SbpatchError: an image or the model cannot be read.
+        SbpatchError: a sample or the model cannot be read, or the model gives no finite values.
     """
-    if not len(images):
-        raise SbpatchError(f"no images in '{images.name}' to evaluate on")
+    if not len(data):
+        raise SbpatchError(f"no samples in '{data.name}' to evaluate on")
     variants = VARIANTS if subject.patched else VARIANTS[:2]
     context = multiprocessing.get_context("spawn")
     pipes, processes = {}, []
@@ -167,20 +191,21 @@ def evaluate(
         processes.append(process)
     totals = {variant: Totals() for variant in variants}
     try:
-        count = -(-len(images) // batch_size)
-        for number, (x, y) in zip(progress(range(count), "evaluating"), batches(images, batch_size), strict=True):
-            pixels, labels = x.numpy(), y.numpy()
-            logits: dict[str, np.ndarray] = {}
+        steps = range(-(-len(data) // batch_size))
+        for number, (x, y) in zip(progress(steps, "evaluating"), batches(data, batch_size), strict=True):
+            inputs, labels = _packed(x), y.numpy()
+            found: dict[str, Kept] = {}
             order = [variants[(number + i) % len(variants)] for i in range(len(variants))]  # nobody always goes first
             for variant in order:
                 if number == 0:
-                    pipes[variant].send(("memory", pixels))
+                    pipes[variant].send(("memory", inputs, labels))
                     totals[variant].peak_memory = _receive(pipes[variant], variant)
-                pipes[variant].send(("batch", pixels))
-                logits[variant], ms = _receive(pipes[variant], variant)
+                pipes[variant].send(("batch", inputs, labels))
+                found[variant], ms = _receive(pipes[variant], variant)
                 totals[variant].ms.append(ms)
             for variant in variants:
-                totals[variant].add(logits[variant], logits["sdpa"], labels)
+                totals[variant].seen += count(x)
+                totals[variant].scores.add(found[variant], found["sdpa"])
         for pipe in pipes.values():
             pipe.send(None)
     finally:
@@ -196,7 +221,7 @@ def check_classes(checkpoint: Checkpoint, images: ImageSet) -> None:
     Raises:
         SbpatchError: the numbers of classes differ.
     """
-    classes = checkpoint.config.get("classes", checkpoint.config.get("num_classes"))
+    classes = checkpoint.classes
     if images.classes is not None and classes is not None and images.classes != classes:
         raise SbpatchError(
             f"{images.name} has {images.classes} classes and {checkpoint.name} {classes}: their labels cannot be compared "
@@ -209,8 +234,8 @@ def check_classes(checkpoint: Checkpoint, images: ImageSet) -> None:
 
 def exact_sites(checkpoint: Checkpoint) -> list[SitePlan]:
     """The sites of an unpatched model."""
-    probe = torch.zeros(1, *checkpoint.preprocessing.input_size)
-    return [SitePlan.of(site, "exact", "not patched") for site in find_sites(checkpoint.model, probe)]
+    found = find_sites(checkpoint.model, checkpoint.preprocessing.probe())
+    return [SitePlan.of(site, "exact", "not patched") for site in found]
 
 
 def attention_memory_bytes(sites: Sequence[SitePlan], variant: str, subject: Subject) -> int:

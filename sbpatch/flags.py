@@ -1,4 +1,4 @@
-"""Flags that several commands share, and what they do: devices, progress bars, JSON."""
+"""Flags that several commands share, and what they do: models, samples, devices, progress bars, JSON."""
 
 from __future__ import annotations
 
@@ -13,9 +13,15 @@ import typer
 from rich.console import Console
 from rich.progress import track
 
-from . import artifact
+from . import artifact, texts, tokens
+from .data import open_images, sample_images
 from .errors import SbpatchError
-from .models import DEMO, Checkpoint
+from .evaluate import check_classes
+from .inputs import Inputs, moved
+from .models import DEMO, Checkpoint, load_checkpoint
+from .plan import Plan
+from .preprocessing import Preprocessing, TextPreprocessing
+from .samples import Samples, batches
 
 out, err = Console(), Console(stderr=True)
 
@@ -49,6 +55,13 @@ def json_place(path: Path | None) -> Path | None:
 Model = Annotated[str, typer.Argument(help="alias (t2t-vit-demo, t2t-vit-14), directory, checkpoint file or timm name")]
 CheckpointFile = Annotated[Path | None, typer.Option("--checkpoint", help="weights file in place of the published one")]
 InputSize = Annotated[int | None, typer.Option("--input-size", help="pixels a side, where not the model's own")]
+Length = Annotated[
+    int | None, typer.Option("--length", min=2, help="tokens a sample of text, where not the model's own")
+]
+Dataset = Annotated[
+    str, typer.Option("--dataset", help="demo, imagenet-val, cifar10; wikitext-2, python-docs; a path or a hub id")
+]
+Source = Annotated[str | None, typer.Option("--data", help="where the sample comes from: a data set's name or path")]
 DataDir = Annotated[Path | None, typer.Option("--data-dir", help="where the data set's files are")]
 DeviceFlag = Annotated[Device, typer.Option("--device")]
 DtypeFlag = Annotated[Dtype, typer.Option("--dtype", help="of weights and activations")]
@@ -75,6 +88,89 @@ def write_json(path: Path | None, text: str) -> None:
             fresh.write_text(text, encoding="utf-8")
 
 
-def default_data(checkpoint: Checkpoint) -> str | None:
-    """The sample where --data is not given: the demo's own digits, else the photographs that scikit-learn ships."""
-    return "demo" if checkpoint.name == DEMO else None
+# -- what a command runs on ------------------------------------------------------------------------------------------
+
+
+def open_model(
+    name: str,
+    checkpoint: Path | None = None,
+    input_size: int | None = None,
+    length: int | None = None,
+    plan: Plan | None = None,
+) -> Checkpoint:
+    """A model at the size asked for, else at its plan's, else at its own.
+
+    Raises:
+        SbpatchError: as `load_checkpoint`; a length for no text, pixels for text, or another length than the plan's.
+    """
+    planned = plan.input_size if plan and plan.input_size else []
+    if len(planned) == 1 and length not in (None, *planned):
+        raise SbpatchError(f"{name} was calibrated at {planned[0]} tokens: calibrate again for a --length of {length}")
+    loaded = load_checkpoint(name, checkpoint, input_size or length or (planned[-1] if planned else None))
+    text = isinstance(loaded.preprocessing, TextPreprocessing)
+    if (wrong := input_size if text else length) is not None:
+        flags = "text: give --length, not --input-size" if text else "no text: give --input-size, not --length"
+        raise SbpatchError(f"{loaded.name} takes {flags} {wrong}")
+    return loaded
+
+
+def size_of(loaded: Checkpoint) -> list[int]:
+    """What a plan keeps of the inputs' size: (channels, height, width), or tokens alone."""
+    preprocessing = loaded.preprocessing
+    return [preprocessing.tokens] if isinstance(preprocessing, TextPreprocessing) else list(preprocessing.input_size)
+
+
+def calibration_set(
+    loaded: Checkpoint, source: str | None, count: int, seed: int, data_dir: Path | None = None
+) -> Samples:
+    """`count` samples of a kind that the model takes, of a source's training part.
+
+    Without a source: the demo's own digits, the photographs that scikit-learn ships, or Python's language reference.
+
+    Raises:
+        SbpatchError: the source cannot be read, has too few, or is of the other kind.
+    """
+    preprocessing = loaded.preprocessing
+    if isinstance(preprocessing, Preprocessing):
+        source = source or ("demo" if loaded.name == DEMO else None)
+        return sample_images(source, preprocessing, count, seed, data_dir=data_dir)
+    text = texts.open_text(source or "python-docs", data_dir=data_dir, split="train")
+    draw = tokens.sample_windows if loaded.answer == "next-token" else tokens.sample_passages
+    return draw(text, preprocessing, count, seed)
+
+
+def evaluation_set(
+    loaded: Checkpoint,
+    source: str,
+    *,
+    data_dir: Path | None = None,
+    limit: int | None = None,
+    stride: int | None = None,
+) -> Samples:
+    """The samples of a source's test part, read and checked against the model.
+
+    Raises:
+        SbpatchError: the source cannot be read, is of the other kind, or has other classes than the model.
+    """
+    preprocessing = loaded.preprocessing
+    if stride is not None and loaded.answer != "next-token":
+        raise SbpatchError(f"--stride is for models that predict the next token, and {loaded.name} does not")
+    if isinstance(preprocessing, Preprocessing):
+        images = open_images(source, preprocessing, data_dir=data_dir, limit=limit)
+        images.check()
+        check_classes(loaded, images)
+        return images
+    text = texts.open_text(source, data_dir=data_dir)
+    if loaded.answer == "next-token":
+        return tokens.windows(text, preprocessing, stride=stride, limit=limit)
+    return tokens.passages(text, preprocessing, limit=limit)
+
+
+def default_batch(loaded: Checkpoint) -> int:
+    """Samples a batch: one for causal models, whose windows are long and whose logits go over a vocabulary."""
+    return 1 if loaded.answer == "next-token" else 8
+
+
+def input_batches(loaded: Checkpoint, samples: Samples, device: str, dtype: torch.dtype) -> list[Inputs]:
+    """The inputs of all samples on a device, in batches to calibrate on."""
+    return [moved(x, device, dtype) for x, _ in batches(samples, default_batch(loaded))]

@@ -7,22 +7,20 @@ meant for.
 from __future__ import annotations
 
 import hashlib
-import os
 import struct
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from io import BytesIO
 from pathlib import Path
 
-import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from .errors import SbpatchError, one_line
 from .preprocessing import Preprocessing
+from .samples import pool, strided
 
 CHECKED = 5000  # images that `check` decodes at most: about ten seconds
 # What Pillow raises for a file that is not an image, a broken one, or one far too large.
@@ -75,35 +73,16 @@ class ImageSet(Dataset[tuple[Tensor, int]]):
             SbpatchError: some cannot be read; the line names the first one and says how many.
         """
         items = strided(self.items, CHECKED)
-        with _pool() as pool:
-            bad = [(item, problem) for item, problem in zip(items, pool.map(_problem, items), strict=True) if problem]
+        with pool() as workers:
+            bad = [
+                (item, problem) for item, problem in zip(items, workers.map(_problem, items), strict=True) if problem
+            ]
         if bad:
             item, problem = bad[0]
             raise SbpatchError(
                 f"{self.name}: {len(bad)} of {len(items)} images cannot be read, the first is {item.where} ({problem}): "
                 "remove or replace them"
             )
-
-
-def batches(images: ImageSet, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """All images in order, as (B, 3, H, W) float32 and labels (B,) int64; the last batch may be smaller.
-
-    A batch is decoded by several threads, but only when it is asked for, so that nothing runs beside a timed model.
-    """
-    with _pool() as pool:
-        for start in range(0, len(images), batch_size):
-            pairs = list(pool.map(images.__getitem__, range(start, min(start + batch_size, len(images)))))
-            yield torch.stack([image for image, _ in pairs]), torch.tensor([label for _, label in pairs])
-
-
-def _pool() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(max_workers=min(16, os.cpu_count() or 1))
-
-
-def strided(items: Sequence[Item], count: int) -> Sequence[Item]:
-    """At most `count` of the items, spread evenly: sets are often sorted by class."""
-    count = min(count, len(items))
-    return [items[i * len(items) // count] for i in range(count)]
 
 
 def _problem(item: Item) -> str | None:

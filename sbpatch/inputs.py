@@ -50,3 +50,8 @@ def moved(inputs: Inputs, device: str | torch.device, dtype: torch.dtype) -> Inp
     if isinstance(inputs, Tensor):
         return inputs.to(device, dtype if inputs.is_floating_point() else inputs.dtype)
     return {name: moved(tensor, device, dtype) for name, tensor in inputs.items()}  # type: ignore[misc]
+
+
+def device(inputs: Inputs) -> torch.device:
+    """Where the batch is."""
+    return inputs.device if isinstance(inputs, Tensor) else next(iter(inputs.values())).device

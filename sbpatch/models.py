@@ -1,4 +1,4 @@
-"""Models: an alias, a path or a timm name -> a pretrained model and the preprocessing that it expects.
+"""Models: an alias, a path, a timm name or a Hugging Face id -> a pretrained model and the preprocessing it expects.
 
 Weights are read as data only (safetensors, or pickles under `weights_only=True`) and loaded strictly: every tensor of
 the file is used and every tensor of the model is filled, or there is an error that says which one is not.
@@ -12,6 +12,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Literal, cast
 
 import timm
@@ -22,10 +23,19 @@ from torch import Tensor, nn
 from .errors import SbpatchError, one_line
 from .preprocessing import Preprocessing, TextPreprocessing
 from .t2t_vit import PATCH, T2TViT, t2t_vit_from_state_dict
-from .weights import LOAD_ERRORS, RELEASES, file_sha256, hub_or_cache, read_tensors, released, tensors_sha256
+from .weights import (
+    LOAD_ERRORS,
+    RELEASES,
+    file_sha256,
+    hub_or_cache,
+    hub_snapshot,
+    read_tensors,
+    released,
+    tensors_sha256,
+)
 
 DEMO = "t2t-vit-demo"
-
+WEIGHTS_SUFFIXES = {".tar", ".pth", ".pt", ".bin", ".safetensors", ".gguf"}
 
 # What `inputs.run` gets from a model: logits of the image's class; of each next token (causal) or of each token; features.
 Answer = Literal["classes", "next-token", "tokens", "features"]
@@ -36,8 +46,8 @@ class Checkpoint:
     """A pretrained model, ready to run: evaluation mode, float32, on the CPU.
 
     `config` is what a saved `config.json` holds so that `load_checkpoint` can rebuild the model from its directory;
-    where the family is "timm", timm's own `local-dir:` loader reads it too. `sha256` is of the weights file, or, where
-    the hub chose the file, of the tensors (`tensors_sha256`).
+    where the family is "timm" or "transformers", that library's own loader reads it too. `sha256` is of the weights
+    file, or, where there are several or timm chose the file, of the tensors (`tensors_sha256`).
     """
 
     name: str
@@ -47,6 +57,16 @@ class Checkpoint:
     preprocessing: Preprocessing | TextPreprocessing
     sha256: str
     answer: Answer = "classes"
+    processor: Any = None  # of transformers: the tokenizer or image processor that is saved beside the weights
+
+    @property
+    def classes(self) -> int | None:
+        """How many classes the model tells apart; None where it answers with something else."""
+        if self.answer != "classes":
+            return None
+        if self.family == "transformers":
+            return int(cast(Any, self.model.config).num_labels)
+        return int(self.config["classes" if self.family == "t2t-vit" else "num_classes"])
 
 
 def load_checkpoint(name: str, checkpoint: Path | None = None, input_size: int | None = None) -> Checkpoint:
@@ -54,10 +74,10 @@ def load_checkpoint(name: str, checkpoint: Path | None = None, input_size: int |
 
     Args:
         name: an alias (`t2t-vit-14`, `-19`, `-24`: downloaded once to $SBPATCH_CACHE or ~/.cache/sbpatch;
-            `t2t-vit-demo`: embedded), a directory with `config.json` and `model.safetensors`, a T2T-ViT checkpoint
-            file, or a timm name, with `timm/` in front or not.
+            `t2t-vit-demo`: embedded), a directory with `config.json` and weights, a T2T-ViT checkpoint or GGUF file, a
+            timm name, with `timm/` in front or not, or a Hugging Face id `owner/name`.
         checkpoint: a weights file to use in place of the published one; with an alias or a timm name only.
-        input_size: pixels a side, where it is not to be the model's own.
+        input_size: pixels a side, or tokens of a text, where it is not to be the model's own.
 
     Raises:
         SbpatchError: the name is unknown, or the weights cannot be found, read or fitted.
@@ -65,7 +85,7 @@ def load_checkpoint(name: str, checkpoint: Path | None = None, input_size: int |
     path = Path(os.path.expanduser(name))
     timm_name = name.removeprefix("timm/")
     if input_size is not None and input_size < 1:
-        raise SbpatchError(f"an input size of {input_size} px: it must be positive")
+        raise SbpatchError(f"an input size of {input_size}: it must be positive")
     if name in RELEASES:
         release = RELEASES[name]
         found = _load_t2t_file(name, checkpoint or released(name, release), input_size)
@@ -83,17 +103,18 @@ def load_checkpoint(name: str, checkpoint: Path | None = None, input_size: int |
     if path.is_dir():
         return _load_directory(name, path, input_size)
     if path.is_file():
-        return _load_t2t_file(name, path, input_size)
+        load = _transformers().load_gguf if path.suffix == ".gguf" else _load_t2t_file
+        return load(name, path, input_size)
     if timm.is_model(timm_name.partition(".")[0]):
         return _load_timm(timm_name, checkpoint, input_size)
-    if name.startswith((".", "~", "/")) or path.suffix in {".tar", ".pth", ".pt", ".bin", ".safetensors"}:
+    if name.startswith((".", "~", "/")) or path.suffix in WEIGHTS_SUFFIXES:
         raise SbpatchError(f"no such file or directory: {name}")
     if name.count("/") == 1 and not name.startswith("timm/"):
-        raise SbpatchError(
-            f"{name}: no such directory, and this version takes T2T-ViT and timm models, not other Hugging Face ids"
-        )
+        if checkpoint is not None:
+            raise SbpatchError(f"--checkpoint goes with an alias or a timm name: give a directory in place of {name}")
+        return _load_directory(name, hub_snapshot(name), input_size)
     near = difflib.get_close_matches(timm_name, [*RELEASES, DEMO, *timm.list_models()], n=3)
-    known = f"known are {', '.join(RELEASES)}, {DEMO}, timm names and paths"
+    known = f"known are {', '.join(RELEASES)}, {DEMO}, timm names, paths and Hugging Face ids owner/name"
     raise SbpatchError(f"unknown model '{name}': " + (f"did you mean {' or '.join(near)}?" if near else known))
 
 
@@ -103,6 +124,8 @@ def build(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> nn.Module:
     Raises:
         SbpatchError: the configuration is not of a known kind, or a tensor is missing, left over or of another shape.
     """
+    if "model_type" in config:
+        return _transformers().build(config, state)
     if config.get("architecture") == "t2t-vit":
         model = t2t_vit_from_state_dict(state)
         for key, value in model.config.to_dict().items():
@@ -139,13 +162,19 @@ def _t2t_checkpoint(
 
 
 def _load_directory(name: str, folder: Path, input_size: int | None) -> Checkpoint:
+    if not (folder / "config.json").exists() and len(files := [*folder.glob("*.gguf")]) == 1:
+        return _transformers().load_gguf(name, files[0], input_size)
     weights = folder / "model.safetensors"
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise SbpatchError(f"{folder} is no model directory: cannot read its config.json ({one_line(error)})") from None
+    if isinstance(config, dict) and isinstance(config.get("model_type"), str):
+        return _transformers().load_directory(name, folder, config, input_size)
     if not isinstance(config, dict) or not isinstance(config.get("architecture"), str):
-        raise SbpatchError(f"{folder / 'config.json'} names no 'architecture': neither T2T-ViT nor a timm model")
+        raise SbpatchError(
+            f"{folder / 'config.json'} names neither a 'model_type' (transformers) nor an 'architecture' (timm, T2T-ViT)"
+        )
     state = read_tensors(weights)
     try:
         if config["architecture"] == "t2t-vit":
@@ -159,6 +188,12 @@ def _load_directory(name: str, folder: Path, input_size: int | None) -> Checkpoi
         return _timm_from_tensors(name, config, state, file_sha256(weights), input_size)
     except SbpatchError as error:
         raise SbpatchError(f"{folder}: {error}") from None
+
+
+def _transformers() -> ModuleType:
+    from . import transformers_models  # slow to import, and only such models need it
+
+    return transformers_models
 
 
 def _load_timm(name: str, checkpoint: Path | None, input_size: int | None) -> Checkpoint:

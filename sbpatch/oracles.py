@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .calibrate import Progress, no_progress
+from .progress import Progress, no_progress
 
+SHARE = 1 / 8  # parameters of every approximation of a model's matrix over its entries
 SPLITS = (0.25, 0.5, 0.75)  # of the parameters for the low-rank part; the best is taken
 PROCESS = {"n": 256, "cluster": 4, "width": 256, "spread": 0.1}
 PROCESS_SHARE = 1 / 32  # parameters over entries: 8 kept entries a row, or rank 4

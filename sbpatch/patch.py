@@ -11,7 +11,7 @@ from torch import nn
 from . import sites
 from .errors import SbpatchError
 from .models import load_checkpoint
-from .plan import PLAN_FILE, Plan
+from .plan import PLAN_FILE, Plan, drawn_tensors
 
 TENSORS_FILE = "sbpatch.safetensors"
 
@@ -48,7 +48,10 @@ def read_plan(directory: Path) -> Plan:
             tensors = load_file(path)
         except (SafetensorError, OSError) as error:
             raise SbpatchError(f"{path} cannot be read ({error}): calibrate again") from error
-    return Plan.read(directory / PLAN_FILE, tensors)
+    plan = Plan.read(directory / PLAN_FILE, tensors)
+    if not tensors and any(drawn_tensors(layer) for layer in plan.layers().values()):
+        raise SbpatchError(f"{path} is missing, and the plan needs the tensors in it: copy it too, or calibrate again")
+    return plan
 
 
 def load(directory: str | Path) -> nn.Module:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 import timm
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import __version__
 from .attention import Geometry, Scatterbrain, parse_method
+from .attention.per_head import Exact, Layer, PerHead
 from .errors import SbpatchError
 from .sites import Site
 
@@ -31,10 +33,45 @@ def versions() -> dict[str, str]:
     }
 
 
-class SitePlan(BaseModel):
-    """One site: its shape, what was measured, and what is done. Parameters of the method are further keys (`window`, ...)."""
+class Setting(BaseModel):
+    """A method with its cost; its parameters are further keys (`window`, ...)."""
 
     model_config = ConfigDict(extra="allow", populate_by_name=True)
+
+    method: str | None = None
+    seed: int | None = Field(default=None, ge=0, lt=2**63)
+    rank: int | None = None
+    nnz: float | None = None
+    budget: float | None = None  # stored / the keys of a row
+
+    def take(self, layer: Layer, seed: int) -> None:
+        """Take over a built layer's method, parameters and cost."""
+        self.method, self.seed = layer.method, seed
+        for name, value in layer.parameters_used.items():
+            setattr(self, name, value)
+        self.rank, self.nnz, self.budget = layer.rank, layer.nnz, layer.stored / layer.site.row_keys
+
+    def build(self, site: Geometry, name: str) -> Layer:
+        """The layer, its buffers drawn from the seed."""
+        if self.method is None or self.seed is None:
+            raise SbpatchError(f"plan of site '{name}' says patch but names no method or seed: calibrate again")
+        if self.method == Exact.method:
+            return Exact(site)
+        parameters = {k: v for k, v in (self.model_extra or {}).items() if isinstance(v, int)}
+        if parse_method(self.method)[1] is not None and self.rank is not None:
+            parameters["rank"] = self.rank
+        return Scatterbrain(self.method, site, self.seed, **parameters)
+
+
+class HeadGroup(Setting):
+    """Heads of a site that share a setting."""
+
+    heads: list[int]
+    output_error: float | None = None
+
+
+class SitePlan(Setting):
+    """One site: its shape, what was measured, and what is done. Where its heads differ, `per_head` has their settings."""
 
     name: str
     class_name: str = Field(alias="class")
@@ -46,13 +83,12 @@ class SitePlan(BaseModel):
     prefix: int = Field(default=0, ge=0)
     entropy: list[float] | None = None  # nats, one a head
     entropy_ratio: float | None = None  # mean over heads, divided by ln n
+    logit_spread: list[float] | None = None  # standard deviation of q.k in a row, one a head
+    sink_mass: list[float] | None = None  # share of the attention that the first four tokens get, one a head
+    locality: list[float] | None = None  # share that the 64 nearest tokens get, one a head
     decision: Decision
     reason: str
-    method: str | None = None
-    seed: int | None = Field(default=None, ge=0, lt=2**63)
-    rank: int | None = None
-    nnz: float | None = None
-    budget: float | None = None
+    per_head: list[HeadGroup] | None = None
     matrix_error: float | None = None
     output_error: float | None = None
 
@@ -77,34 +113,42 @@ class SitePlan(BaseModel):
         return Geometry(self.tokens, self.heads, self.head_dim, self.causal, self.grid, self.prefix)
 
     @property
-    def entries(self) -> int:
-        """Entries of the exact attention of one sample."""
-        return self.heads * self.tokens * self.tokens
+    def entries(self) -> float:
+        """Entries of the exact attention of one sample: half the square where it is causal."""
+        return self.heads * self.tokens * self.geometry.row_keys
 
     @property
     def stored(self) -> float:
         """Entries that the planned attention stores for one sample, all of them where the site stays exact."""
         return self.entries * (self.budget if self.decision == "patch" and self.budget is not None else 1.0)
 
-    def use(self, layer: Scatterbrain, seed: int) -> None:
-        """Take over a built layer's method, parameters and cost."""
-        self.method, self.seed = layer.method, seed
-        for name, value in layer.parameters_used.items():
-            setattr(self, name, value)
-        self.rank, self.nnz, self.budget = layer.rank, layer.nnz, layer.stored / self.tokens
+    def use(self, layer: Layer | PerHead, seed: int) -> None:
+        """Take over what a built layer is; a layer that is exact throughout leaves the site as it was."""
+        if not isinstance(layer, PerHead):
+            self.take(layer, seed)
+            if isinstance(layer, Exact):
+                self.decision = "exact"
+            return
+        self.method, self.seed, self.per_head = layer.method, seed, []
+        self.nnz, self.budget = layer.nnz, layer.stored / self.geometry.row_keys
+        for heads, part in zip(layer.heads, layer.layers, strict=True):
+            group = HeadGroup(heads=heads)
+            group.take(part, seed)  # type: ignore[arg-type]
+            self.per_head.append(group)
 
-    def layer(self) -> Scatterbrain:
+    def layer(self) -> Layer | PerHead:
         """Build the layer of a patched site, its buffers drawn from the site's seed."""
-        if self.method is None or self.seed is None:
-            raise SbpatchError(f"plan of site '{self.name}' says patch but names no method or seed: calibrate again")
-        parameters = {k: v for k, v in (self.model_extra or {}).items() if isinstance(v, int)}
-        if parse_method(self.method)[1] is not None and self.rank is not None:
-            parameters["rank"] = self.rank
-        return Scatterbrain(self.method, self.geometry, self.seed, **parameters)
+        if self.per_head is None:
+            return self.build(self.geometry, self.name)
+        geometry = [replace(self.geometry, heads=len(group.heads)) for group in self.per_head]
+        layers = [group.build(part, self.name) for group, part in zip(self.per_head, geometry, strict=True)]
+        return PerHead(self.geometry, [group.heads for group in self.per_head], layers)
 
 
 class Budget(BaseModel):
-    """Shares of the exact entries: asked for; stored over the patched sites; stored over all sites, exact ones in full."""
+    """Shares of the exact entries: asked for; stored over the sites that calibration decided on, those it left exact
+    included; stored over all sites. Exact ones count in full.
+    """
 
     requested: float
     used: float = 0.0
@@ -125,7 +169,11 @@ class Plan(BaseModel):
     device: str = "cpu"
     dtype: str = "float32"
     budget: Budget
+    objective: Literal["memory", "time"] = "memory"  # what the budget is a share of
+    allocation: str = "joint"
+    max_drop: float | None = None  # what was asked for in place of a budget
     agreement: float | None = None  # percent, on the calibration sample
+    check: dict[str, float] = Field(default_factory=dict)  # of the whole model, on samples the choice did not see
     sites: list[SitePlan]
     tensors: dict[str, Tensor] = Field(default_factory=dict, exclude=True)
 
@@ -135,12 +183,12 @@ class Plan(BaseModel):
 
     def settle_budget(self) -> None:
         """Fill in what the plan uses; the one place where the budget is added up."""
-        patched = self.patched
-        if patched:
-            self.budget.used = sum(s.stored for s in patched) / sum(s.entries for s in patched)
+        decided = [site for site in self.sites if site.decision == "patch" or site.method is not None]
+        if decided:
+            self.budget.used = sum(s.stored for s in decided) / sum(s.entries for s in decided)
         self.budget.model = sum(s.stored for s in self.sites) / sum(s.entries for s in self.sites)
 
-    def layers(self) -> dict[str, Scatterbrain]:
+    def layers(self) -> dict[str, Layer | PerHead]:
         """Build every patched site's layer; buffers come from `tensors` where they were saved, else from the seed.
 
         Raises:
@@ -180,6 +228,6 @@ class Plan(BaseModel):
         return plan
 
 
-def drawn_tensors(layer: Scatterbrain) -> dict[str, Tensor]:
+def drawn_tensors(layer: nn.Module) -> dict[str, Tensor]:
     """The random buffers of a layer (floating point); index tables are rebuilt from the plan instead."""
     return {name: t for name, t in layer.named_buffers() if t.is_floating_point()}

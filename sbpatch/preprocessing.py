@@ -71,6 +71,20 @@ class Preprocessing:
 
 
 @dataclass(frozen=True)
+class AudioPreprocessing(Preprocessing):
+    """A spectrogram of `input_size` (1, mel bands, frames): enough to inspect a model, sounds are not read."""
+
+    def transform(self) -> Callable[[Image], Tensor]:
+        raise SbpatchError(
+            "the model takes spectrograms of sounds: it can be inspected, but no audio data is read here"
+        )
+
+    def probe(self) -> Tensor:
+        """One input of zeros, (1, mel bands, frames)."""
+        return torch.zeros(self.input_size)
+
+
+@dataclass(frozen=True)
 class TextPreprocessing:
     """How a text becomes an input: the model's own tokenizer, and at most `tokens` tokens a sample."""
 

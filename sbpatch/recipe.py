@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping, Sequence
+from fnmatch import fnmatch
 from pathlib import Path
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from .candidates import Allocation, Objective
 from .errors import SbpatchError
 
 
@@ -30,7 +33,10 @@ class Recipe(BaseModel):
 
     description: str = ""
     budget: float = 0.03
+    max_drop: float | None = None
     method: str = "auto"
+    objective: Objective = "memory"
+    allocation: Allocation = "joint"
     data: str | None = None
     include: list[str] = Field(default_factory=list)
     exclude: list[str] = Field(default_factory=list)
@@ -55,3 +61,18 @@ def read_recipe(path: Path | None) -> Recipe:
     except ValidationError as error:
         first = error.errors()[0]
         raise SbpatchError(f"recipe {path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+
+
+def check_patterns(sites: Sequence[str], patterns: Mapping[str, Iterable[str]]) -> None:
+    """Refuse a shell pattern that matches no site: mostly a typo, which would leave a site as the user did not want it.
+
+    `patterns`: where each group of them was given -> the patterns.
+
+    Raises:
+        SbpatchError: the first such pattern, and the names there are.
+    """
+    for place, given in patterns.items():
+        for pattern in given:
+            if not any(fnmatch(site, pattern) for site in sites):
+                names = ", ".join(sites[:3]) + (f" and {len(sites) - 3} more" if len(sites) > 3 else "")
+                raise SbpatchError(f"no attention site matches '{pattern}' of {place}: the sites are {names}")

@@ -20,7 +20,8 @@ BLUE, ORANGE, GREEN, GREY = "#2b6cb0", "#dd7a2b", "#3a8f5c", "#9aa5b1"
 
 COLUMNS_EXPLAINED = (
     "entropy: mean over query rows of -sum p ln p, as a share of its largest value ln n (1: diffuse, 0: one key) · "
-    "exact: keys computed exactly per query · rank: clusters or features beside them · budget: entries stored / n · "
+    "exact: keys computed exactly per query · rank: clusters or features beside them · "
+    "budget: entries stored / n (causal: / (n + 1) / 2) · "
     "error: ||O' - O|| / ||O|| of the site's output, mean over samples and heads"
 )
 
@@ -54,12 +55,21 @@ def plan_table(plan: Plan) -> RenderableType:
             f"{plan.budget.model:.4f} of the whole model's"
         )
     )
-    if plan.agreement is not None:
-        samples = plan.data.get("samples", "?")
-        notes.append(
-            Text(f"agreement with the exact model on the {samples} calibration samples: {plan.agreement:.1f} %")
-        )
+    if plan.check:
+        notes.append(Text(checked(plan)))
     return Group(table, *notes, Text(COLUMNS_EXPLAINED, style="dim"))
+
+
+def checked(plan: Plan) -> str:
+    """What the whole model's check found, in one sentence."""
+    c = plan.check
+    which = "that the choice did not see" if c["unseen"] else "that the choice was made on: add --samples for others"
+    parts = {
+        "agreement": f"agreement with the exact model {c.get('agreement', 0):.1f} %",
+        "cosine": f"cosine to the exact model's features {c.get('cosine', 0):.4f}",
+        "perplexity_ratio": f"perplexity {c.get('perplexity_ratio', 0):.4f} times the exact model's",
+    }
+    return f"on {c['samples']:.0f} samples {which}: " + ", ".join(text for key, text in parts.items() if key in c)
 
 
 def sites_table(plan: Plan) -> RenderableType:
@@ -76,25 +86,37 @@ def sites_table(plan: Plan) -> RenderableType:
     return Group(table, *(Text(reason) for reason in reasons))
 
 
+# Columns of eval that are there where they apply: key -> (heading, form, what it means).
+QUALITY = {
+    "top1": ("top1", ".2f", "top1, top5: percent right"),
+    "top5": ("top5", ".2f", ""),
+    "perplexity": ("perplexity", ".3f", "perplexity: exp of the mean negative log-likelihood of a token"),
+    "agreement": ("agree", ".2f", "agree: percent whose top-1 is the exact model's"),
+    "cosine": ("cosine", ".5f", "cosine: of the mean features to the exact model's, mean over samples"),
+}
+
+
 def eval_table(result: Mapping[str, Any]) -> RenderableType:
-    """Eager, SDPA and patched side by side, time and memory also as ratios to SDPA."""
-    title = f"{result['model']} on {result['dataset']}"
-    table = simple_table(
-        title, variant="left", top1="right", top5="right", agree="right", ms="right", speed="right", peak="right",
-        of_SDPA="right", stored="right",
-    )  # fmt: skip
+    """Eager, SDPA and patched side by side, time and memory also as ratios to SDPA; quality in the columns that apply."""
     base = result["variants"]["sdpa"]
+    quality = {key: column for key, column in QUALITY.items() if key in base}
+    columns: dict[str, JustifyMethod] = {"variant": "left", **{name: "right" for name, _, _ in quality.values()}}
+    columns |= dict.fromkeys(("ms", "speed", "peak", "of_SDPA", "stored"), "right")
+    table = simple_table(f"{result['model']} on {result['dataset']}", **columns)
     for variant, v in result["variants"].items():
         table.add_row(
-            variant, *(_number(v.get(key), ".2f") for key in ("top1", "top5", "agreement")),
+            variant, *(_number(v.get(key), form) for key, (_, form, _) in quality.items()),
             f"{v['latency_ms']:.1f}", f"{base['latency_ms'] / v['latency_ms']:.2f}x",
             readable_bytes(v["peak_memory_bytes"]), f"{v['peak_memory_bytes'] / base['peak_memory_bytes']:.2f}x",
             readable_bytes(v["attention_memory_bytes"]), style="bold" if variant == "patched" else None,
         )  # fmt: skip
+    meanings = " · ".join(meaning for _, _, meaning in quality.values() if meaning)
+    size = f" of {result['length']} tokens" if "length" in result else ""
+    last = " and its last position's logits" if "perplexity" in quality else ""
     setting = (
-        f"{result['samples']} samples in batches of {result['batch_size']}; {result['device']}, {result['dtype']}, torch "
-        f"{result['versions']['torch']}. top1, top5, agree (top-1 as the exact model's): percent · ms: median of a batch · "
-        "speed: against SDPA · peak: PyTorch's allocations for one batch, weights apart · "
+        f"{result['samples']} samples{size} in batches of {result['batch_size']}; {result['device']}, {result['dtype']}, "
+        f"torch {result['versions']['torch']}. {meanings} · ms: median of a batch · "
+        f"speed: against SDPA · peak: PyTorch's allocations for one batch{last}, weights apart · "
         "stored: by the attention of all sites for one sample, by the budget's accounting"
     )
     return Group(table, Text(setting, style="dim"))
@@ -139,7 +161,9 @@ def model_card(plan: Plan) -> str:
         for s in plan.sites
     )
     versions = ", ".join(f"{name} {version}" for name, version in plan.versions.items())
-    data = f"{plan.data.get('samples')} samples of `{plan.data.get('source')}`"
+    length = f" ({plan.input_size[0]} tokens each)" if plan.input_size and len(plan.input_size) == 1 else ""
+    data = f"{plan.data.get('samples')} samples{length} of `{plan.data.get('source')}`"
+    agreement = f"Checked {checked(plan)}.\n" if plan.check else ""
     return f"""---
 library_name: sbpatch
 tags: [sbpatch, sparse-attention, low-rank-attention]
@@ -157,8 +181,7 @@ model = sbpatch.load("path/to/this/directory")
 
 Calibrated on {data}, seed {plan.seed}, {versions}. Stored over the patched sites: {plan.budget.used:.4f} of the entries
 (asked for {plan.budget.requested:g}); over the whole model, exact sites counted in full: {plan.budget.model:.4f}.
-Agreement with the exact model on the calibration samples: {plan.agreement:.1f} %. That is no accuracy: run
-`sbpatch eval DIR --dataset NAME` for one.
+{agreement}How good it is on others, `sbpatch eval DIR --dataset NAME` measures.
 
 ![report](report.png)
 
@@ -188,7 +211,7 @@ def plot_plan(plan: Plan, path: Path) -> None:
     left.plot([], [], "o", color=GREY, label="exact")
     left.legend(loc="lower left", fontsize=8)
     names = [f"{_short(s.name)}\n{s.tokens} tokens\n{s.method}" for s in patched]
-    sparse = [100 * (s.nnz or 0) / s.tokens for s in patched]
+    sparse = [100 * (s.nnz or 0) / s.geometry.row_keys for s in patched]
     low_rank = [100 * (s.budget or 0) - x for s, x in zip(patched, sparse, strict=True)]
     middle.barh(range(len(patched)), sparse, height=0.5, color=ORANGE, label="exact keys (sparse)")
     middle.barh(range(len(patched)), low_rank, height=0.5, left=sparse, color=BLUE, label="low-rank")
@@ -204,8 +227,10 @@ def plot_plan(plan: Plan, path: Path) -> None:
     for axes, rows in ((left, len(measured)), (middle, len(patched)), (right, len(patched))):
         axes.set_ylim(rows - 0.4, -0.6)  # first site on top
         axes.spines[["top", "right"]].set_visible(False)
-    agreement = "" if plan.agreement is None else f", agreement {plan.agreement:.1f} % on the calibration sample"
-    figure.suptitle(f"{plan.model}: {plan.budget.used:.1%} of the entries of its patched sites{agreement}", fontsize=11)
+    figure.suptitle(
+        f"{plan.model}: {plan.budget.used:.1%} of the entries of its patched sites\n{checked(plan) if plan.check else ''}",
+        fontsize=11,
+    )
     figure.savefig(path, dpi=130)
 
 

@@ -1,8 +1,9 @@
 """Find the attention sites of a model, and swap what they compute, reversibly.
 
-A site is the innermost module whose forward calls `F.scaled_dot_product_attention`. Patching changes the module's class to
-a subclass whose forward runs with that call redirected to a replacement; nothing else of the model is copied or rewritten,
-and its state dict keeps its keys.
+A site is the innermost module whose forward calls `F.scaled_dot_product_attention`, nn.MultiheadAttention included.
+Patching changes the module's class to a subclass whose forward runs with that call redirected to a replacement; nothing
+else of the model is copied or rewritten, and its state dict keeps its keys. Modules that take the softmax of a matrix
+product themselves are found too, and reported with the reason why they stay as they are.
 """
 
 from __future__ import annotations
@@ -15,42 +16,16 @@ from functools import cache
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
-from .attention import Geometry, Scatterbrain
+from . import interface
+from .attention import Geometry
+from .attention.per_head import Layer, PerHead
+from .calls import Call as Call
+from .calls import Redirect
 from .errors import SbpatchError
-
-SDPA = F.scaled_dot_product_attention
-
-
-@dataclass(frozen=True)
-class Call:
-    """The arguments of one attention call, as PyTorch names them; q, k, v are (B, H, n, d)."""
-
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    attn_mask: Tensor | None = None
-    dropout_p: float = 0.0
-    is_causal: bool = False
-    scale: float | None = None
-    enable_gqa: bool = False
-
-    @property
-    def softmax_scale(self) -> float:
-        return self.query.shape[-1] ** -0.5 if self.scale is None else self.scale
-
-    def exact(self) -> Tensor:
-        """What the model itself computes here."""
-        return SDPA(
-            self.query, self.key, self.value, attn_mask=self.attn_mask, dropout_p=self.dropout_p,
-            is_causal=self.is_causal, scale=self.scale, enable_gqa=self.enable_gqa,
-        )  # fmt: skip
-
-
-Replacement = Callable[[Call], Tensor]
+from .inputs import Inputs
+from .probe import Found, Probe
 
 
 @dataclass(frozen=True)
@@ -61,76 +36,47 @@ class Site:
     class_name: str
     geometry: Geometry
     unsupported: str | None = None  # why it cannot be patched, or None
-
-
-class _Redirect(TorchFunctionMode):
-    """While active, attention calls go to `replacement`; calls made inside it reach PyTorch as usual."""
-
-    def __init__(self, replacement: Replacement) -> None:
-        super().__init__()
-        self.replacement = replacement
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is SDPA:
-            return self.replacement(Call(*args, **(kwargs or {})))
-        return func(*args, **(kwargs or {}))
+    by_hand: bool = False  # a softmax of the module's own, that cannot be had as a call
 
 
 # -- finding ---------------------------------------------------------------------------------------------------------
 
 
-def find_sites(model: nn.Module, example: Tensor) -> list[Site]:
-    """Run `model(example)` once and list its attention sites in the order they are reached.
+def find_sites(model: nn.Module, example: Inputs) -> list[Site]:
+    """Run `model` on `example` once, in evaluation mode, and list its attention sites in the order they are reached.
 
     Raises:
-        SbpatchError: the model calls no scaled_dot_product_attention, so that there is nothing to patch; or it is patched.
+        SbpatchError: the model computes no attention, so that there is nothing to patch; or it is patched.
     """
-    if any(hasattr(module, "sbpatch_original") for module in model.modules()):
+    if any(hasattr(module, "sbpatch") for module in model.modules()):
         raise SbpatchError(f"{type(model).__name__} is patched already; call unpatch first")
     names = {module: name for name, module in model.named_modules()}
-    inside: list[nn.Module] = []
-    calls: dict[nn.Module, list[Call]] = {}
-
-    def record(call: Call) -> Tensor:
-        calls.setdefault(inside[-1], []).append(call)
-        return call.exact()
-
-    handles = []
-    for module in names:
-        handles.append(module.register_forward_pre_hook(lambda m, _: inside.append(m)))
-        handles.append(module.register_forward_hook(lambda m, _, __: inside.pop() and None, always_call=True))
+    training = [module for module in names if module.training]
+    interface.admit(model)
     try:
-        with torch.inference_mode(), _Redirect(record):
-            model(example)
+        found = Probe().run(model.eval(), example)
     finally:
-        for handle in handles:
-            handle.remove()
-    if not calls:
+        interface.dismiss(model)
+        for module in training:
+            module.training = True
+    if not found:
         raise SbpatchError(
-            f"no attention found in {type(model).__name__}: nothing in it calls scaled_dot_product_attention, so there "
-            "is nothing to patch"
+            f"no attention found in {type(model).__name__}: nothing in it calls scaled_dot_product_attention or takes the "
+            "softmax of a matrix product, so there is nothing to patch"
         )
-    image = tuple(example.shape[-2:]) if example.ndim == 4 else None
-    return [_site(names[module], module, found, image) for module, found in calls.items()]
+    tensors = [example] if isinstance(example, Tensor) else example.values()
+    image = next((tuple(x.shape[-2:]) for x in tensors if x.ndim == 4), None)
+    return [_site(names[module], module, calls, image) for module, calls in found.items()]
 
 
-def _site(name: str, module: nn.Module, calls: list[Call], image: tuple[int, ...] | None) -> Site:
-    call = calls[0]
-    tokens, heads, head_dim = call.key.shape[-2], call.query.shape[-3], call.query.shape[-1]
-    unsupported = None
-    if len(calls) > 1:
-        unsupported = f"{len(calls)} attention calls in one forward"
-    elif call.query.shape[-2] != tokens:
-        unsupported = f"{call.query.shape[-2]} queries against {tokens} keys: not self-attention"
-    elif call.value.shape[-1] != head_dim:
-        unsupported = f"values {call.value.shape[-1]} wide and queries {head_dim}"
-    elif call.attn_mask is not None:
-        unsupported = "a dense attention mask or bias"
-    elif call.query.ndim != 4 or call.enable_gqa:
-        unsupported = "grouped-query heads" if call.enable_gqa else f"{call.query.ndim}-D queries"
-    grid, prefix = (None, 0) if image is None else _grid(tokens, *image)
-    geometry = Geometry(tokens, heads, head_dim, call.is_causal, grid, prefix)
-    return Site(name, type(module).__name__, geometry, unsupported)
+def _site(name: str, module: nn.Module, calls: list[Found], image: tuple[int, ...] | None) -> Site:
+    first = calls[0]
+    reason = first.unsupported
+    if len(calls) > 1 and reason is None:
+        reason = f"{len(calls)} attention calls in one forward, which one setting cannot describe"
+    grid, prefix = (None, 0) if image is None else _grid(first.tokens, *image)
+    geometry = Geometry(first.tokens, first.heads, first.head_dim, first.causal, grid, prefix)
+    return Site(name, type(module).__name__, geometry, reason, first.by_hand)
 
 
 def _grid(tokens: int, height: int, width: int) -> tuple[tuple[int, int] | None, int]:
@@ -148,8 +94,20 @@ def _grid(tokens: int, height: int, width: int) -> tuple[tuple[int, int] | None,
 @cache
 def _patched_class(cls: Any) -> type[nn.Module]:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with _Redirect(self.sbpatch):
-            return cls.forward(self, *args, **kwargs)
+        caught: list[bool] = []  # a list, as torch.compile reads no attribute back from a mode
+
+        def attend(call: Call) -> Tensor:
+            caught.append(True)
+            return self.sbpatch(call)
+
+        with Redirect(attend):
+            output = cls.forward(self, *args, **kwargs)
+        if not caught:
+            raise SbpatchError(
+                f"a patched {cls.__name__} computed its attention in another way than at calibration (asked for its weights, "
+                "or in training with dropout?); leave it exact (--exclude)"
+            )
+        return output
 
     return type(cls.__name__, (cls,), {"forward": forward, "sbpatch_original": cls, "__module__": cls.__module__})
 
@@ -157,33 +115,45 @@ def _patched_class(cls: Any) -> type[nn.Module]:
 class PatchedSite(nn.Module):
     """What a patched site computes: checks that the call is the one it was calibrated for, then runs the layer."""
 
-    def __init__(self, name: str, layer: Scatterbrain) -> None:
+    def __init__(self, name: str, layer: Layer | PerHead) -> None:
         super().__init__()
         self.name, self.layer = name, layer
 
     def forward(self, call: Call) -> Tensor:
-        if (
-            call.attn_mask is not None
-            or call.dropout_p
-            or call.enable_gqa
-            or call.query.shape[-2] != call.key.shape[-2]
-        ):
-            raise SbpatchError(
-                f"site '{self.name}' was calibrated for self-attention without mask, dropout or grouped heads, and "
-                "is now called with one; leave it exact (--exclude) or calibrate on such inputs"
-            )
-        site, (heads, head_dim) = self.layer.site, (call.query.shape[-3], call.query.shape[-1])
+        site, queries, keys = self.layer.site, call.query.shape[-2], call.key.shape[-2]
+        if site.causal and (queries != keys or _one_row(call)):
+            return call.exact()  # decoding with a key-value cache, or a prompt read in pieces
+        heads, head_dim = call.query.shape[-3], call.query.shape[-1]
         if (heads, head_dim) != (site.heads, site.head_dim):
             raise SbpatchError(
                 f"site '{self.name}' was calibrated with {site.heads} heads of width {site.head_dim} and is now called with "
                 f"{heads} of width {head_dim}: the plan was made for another model"
             )
+        if queries != keys or call.dropout_p:
+            raise SbpatchError(
+                f"site '{self.name}' was calibrated for self-attention without dropout, and is now called with "
+                f"{f'dropout {call.dropout_p:g}' if call.dropout_p else f'{queries} queries and {keys} keys'}; leave it "
+                "exact (--exclude), or set its dropout to 0"
+            )
+        if ((keys + 1) / 2 if site.causal else keys) <= self.layer.stored:
+            return call.exact()  # a row reads fewer keys than the layer would store for it
+        try:
+            call = call.plain(site.causal)
+        except SbpatchError as error:
+            raise SbpatchError(f"site '{self.name}': {error}; leave it exact (--exclude)") from error
         device = call.query.device.type
+        q, k, v = call.query, call.key, call.value
         if not torch.is_autocast_enabled(device):
-            return self.layer(call.query, call.key, call.value, scale=call.scale)
+            return self.layer(q, k, v, key_mask=call.key_mask, scale=call.scale)
         kind = torch.get_autocast_dtype(device)  # inputs as autocast gives them to PyTorch's attention, sums in float32
         with torch.autocast(device, enabled=False):
-            return self.layer(call.query.to(kind), call.key.to(kind), call.value.to(kind), scale=call.scale)
+            return self.layer(q.to(kind), k.to(kind), v.to(kind), key_mask=call.key_mask, scale=call.scale)
+
+
+def _one_row(call: Call) -> bool:
+    """One mask for several queries, so they all stand at the same token: heads of a group, decoded as queries of one head."""
+    mask = call.attn_mask
+    return mask is not None and mask.ndim > 1 and mask.shape[-2] == 1 and call.query.shape[-2] > 1
 
 
 def swap(model: nn.Module, replacements: Mapping[str, Callable[[Call], Tensor]]) -> None:
@@ -196,20 +166,45 @@ def swap(model: nn.Module, replacements: Mapping[str, Callable[[Call], Tensor]])
     for name in replacements:
         if name not in modules:
             raise SbpatchError(f"the model has no module '{name}': the plan was made for another model")
-        if hasattr(modules[name], "sbpatch_original"):
+        if hasattr(modules[name], "sbpatch"):
             raise SbpatchError(f"site '{name}' is patched already; call unpatch first")
     for name, replacement in replacements.items():
         module = modules[name]
         # A module goes through nn.Module's registration, so that it moves with the model; it brings no state dict keys.
         module.sbpatch = replacement
-        module.__class__ = _patched_class(type(module))  # type: ignore[arg-type]
+        if not interface.chosen(module):
+            module.__class__ = _patched_class(type(module))  # type: ignore[arg-type]
+        if getattr(module, "fused_attn", True) is False:  # timm's switch between one fused call and a softmax by hand
+            _change(module, "fused_attn", True)
+    interface.admit(model)
+    _close_short_cuts(model)
+
+
+def _close_short_cuts(model: nn.Module) -> None:
+    """PyTorch's transformer encoders can run a layer as one operation, past its attention module; patched ones must not."""
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer) and hasattr(module.self_attn, "sbpatch"):
+            _change(module, "activation_relu_or_gelu", 0)
+        elif isinstance(module, nn.TransformerEncoder) and any(hasattr(m, "sbpatch") for m in module.modules()):
+            _change(module, "use_nested_tensor", False)
+
+
+def _change(module: nn.Module, name: str, value: object) -> None:
+    """Set an attribute until `restore`."""
+    before = module.__dict__.setdefault("sbpatch_before", {})
+    before.setdefault(name, getattr(module, name))
+    setattr(module, name, value)
 
 
 def restore(model: nn.Module) -> None:
     """Give every swapped site of `model` its own attention back, in place."""
+    interface.dismiss(model)
     for module in list(model.modules()):
+        for name, value in module.__dict__.pop("sbpatch_before", {}).items():
+            setattr(module, name, value)
         if hasattr(module, "sbpatch_original"):
             module.__class__ = module.sbpatch_original  # type: ignore[assignment]
+        if hasattr(module, "sbpatch"):
             del module.sbpatch
 
 

@@ -4,50 +4,69 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, get_args
 
 import torch
 import typer
 
-from . import analyze, artifact, bench, compare, evaluate
+from . import analyze, artifact, bench, compare, evaluate, texts, tokens
 from .attention import parse_method
-from .data import batches, open_images, sample_images
+from .candidates import Allocation
 from .errors import SbpatchError
 from .flags import (
     CheckpointFile,
     DataDir,
+    Dataset,
     Device,
     DeviceFlag,
     Dtype,
     DtypeFlag,
     JsonFile,
+    Length,
     Model,
     Quiet,
     Seed,
-    default_data,
+    Source,
+    calibration_set,
+    default_batch,
+    evaluation_set,
+    input_batches,
     json_place,
+    open_model,
     out,
     progress_bars,
     write_json,
 )  # fmt: skip
-from .models import load_checkpoint
+from .inputs import moved
+from .models import Checkpoint
 from .plan import versions
+from .preprocessing import TextPreprocessing
+from .samples import Samples, batches
+
+ALLOCATIONS: tuple[Allocation, ...] = get_args(Allocation)
 
 
 def compare_command(
     model: Model,
-    dataset: Annotated[str, typer.Option("--dataset", help="demo, imagenet-val, cifar10, a path or a hub id")],
+    dataset: Dataset,
     methods: Annotated[str, typer.Option("--methods", help=f"comma-separated; {compare.method_names()}")] = ",".join(
         compare.METHODS
     ),
     budgets: Annotated[str, typer.Option("--budgets", help="comma-separated shares")] = "0.03",
+    allocations: Annotated[
+        str | None,
+        typer.Option("--allocations", help=f"comma-separated, a row each: {', '.join(ALLOCATIONS)}; see calibrate"),
+    ] = None,
     samples: Annotated[int, typer.Option("--samples", min=1, help="to calibrate and measure errors on")] = 8,
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="evaluate on that many samples")] = None,
-    batch_size: Annotated[int, typer.Option("--batch-size", min=1)] = 8,
+    length: Length = None,
+    batch_size: Annotated[
+        int | None, typer.Option("--batch-size", min=1, help="default: 8, for causal models 1")
+    ] = None,
     plot: Annotated[
         Path | None, typer.Option("--plot", help="write error and agreement against budget as a PNG")
     ] = None,
-    source: Annotated[str | None, typer.Option("--data", help="where the calibration sample comes from")] = None,
+    source: Source = None,
     data_dir: DataDir = None,
     checkpoint: CheckpointFile = None,
     device: DeviceFlag = Device.auto,
@@ -63,22 +82,24 @@ def compare_command(
     for name in names:
         if name != "auto":
             parse_method(name)
-    loaded = load_checkpoint(model, checkpoint)
-    images = open_images(dataset, loaded.preprocessing, data_dir=data_dir, limit=limit)
-    images.check()
-    evaluate.check_classes(loaded, images)
+    rules = [_allocation(text.strip()) for text in allocations.split(",")] if allocations is not None else []
+    loaded = open_model(model, checkpoint, length=length)
+    data = evaluation_set(loaded, dataset, data_dir=data_dir, limit=limit)
+    batch_size = batch_size or default_batch(loaded)
+    sample = calibration_set(loaded, source, samples, seed, data_dir)
     where, kind = device.resolve(), getattr(torch, dtype.value)
-    sample = sample_images(source or default_data(loaded), loaded.preprocessing, samples, seed, data_dir=data_dir)
     rows = compare.compare(
         loaded.model.to(where, kind),
-        [x.to(where, kind) for x, _ in batches(sample, 8)],
-        [(x.to(where, kind), y) for x, y in batches(images, batch_size)],
+        input_batches(loaded, sample, where, kind),
+        [(moved(x, where, kind), y) for x, y in batches(data, batch_size)],
         methods=names,
         budgets=shares,
+        answer=loaded.answer,
+        allocations=rules,
         seed=seed,
         progress=progress_bars(quiet),
     )
-    title = f"{loaded.name} on {images.name}, {len(images)} samples, {evaluate.device_name(where)}, {dtype.value}"
+    title = f"{loaded.name} on {data.name}, {len(data)} samples, {evaluate.device_name(where)}, {dtype.value}"
     if not quiet:
         out.print(compare.table(rows, title))
     if plot is not None:
@@ -86,8 +107,8 @@ def compare_command(
             compare.plot(rows, fresh, title)
     settings = {
         "model": loaded.name,
-        "dataset": images.name,
-        "samples": len(images),
+        "dataset": data.name,
+        "samples": len(data),
         "batch_size": batch_size,
         "seed": seed,
     }
@@ -102,11 +123,18 @@ def _share(text: str) -> float:
         raise SbpatchError(f"budget '{text}' is not a number such as 0.03") from None
 
 
+def _allocation(text: str) -> Allocation:
+    if text not in ALLOCATIONS:
+        raise SbpatchError(f"unknown allocation '{text}': known are {', '.join(ALLOCATIONS)}")
+    return text
+
+
 def analyze_command(
     model: Model,
     output: Annotated[Path, typer.Option("-o", "--output", help="directory for the plots and analysis.json")],
     samples: Annotated[int, typer.Option("--samples", min=1)] = 8,
-    source: Annotated[str | None, typer.Option("--data", help="where the sample comes from")] = None,
+    length: Length = None,
+    source: Source = None,
     data_dir: DataDir = None,
     checkpoint: CheckpointFile = None,
     device: DeviceFlag = Device.auto,
@@ -116,17 +144,42 @@ def analyze_command(
 ) -> None:
     """What sparse, low-rank and robust PCA leave of every head's attention, against its entropy; plots and correlations."""
     analyze.check_output(output)
-    loaded = load_checkpoint(model, checkpoint)
-    images = sample_images(source or default_data(loaded), loaded.preprocessing, samples, seed, data_dir=data_dir)
+    loaded = open_model(model, checkpoint, length=length)
+    data = _unpadded_set(loaded, source, samples, seed, data_dir)
     where = device.resolve()
     loaded.model.to(where)
-    inputs = [x.to(where) for x, _ in batches(images, 8)]
+    inputs = input_batches(loaded, data, where, torch.float32)
     result = analyze.analyze(loaded, inputs, seed=seed, progress=progress_bars(quiet))
     analyze.write(result, output)
     if not quiet:
         out.print(analyze.table(result))
         out.print(f"written to {output}: {', '.join(sorted(p.name for p in output.iterdir()))}")
     write_json(json_file, json.dumps(result, indent=2) + "\n")
+
+
+def _unpadded_set(loaded: Checkpoint, source: str | None, count: int, seed: int, data_dir: Path | None) -> Samples:
+    """As `calibration_set`, but encoders get stretches of text as long as they take instead of padded paragraphs.
+
+    Matrices then have one size, and their errors can be compared. The stretches are of running text, without headings, one
+    from a random place in each of `count` equal parts.
+
+    Raises:
+        SbpatchError: as `calibration_set`, and a text too short for that many.
+    """
+    preprocessing = loaded.preprocessing
+    if not isinstance(preprocessing, TextPreprocessing) or loaded.answer == "next-token":
+        return calibration_set(loaded, source, count, seed, data_dir)
+    text = texts.open_text(source or "python-docs", data_dir=data_dir, split="train")
+    words = " ".join(text.paragraphs()).split()
+    starts = torch.rand(count, generator=torch.Generator().manual_seed(seed)).tolist()
+    parts = [words[int((i + u / 2) * len(words) / count) : (i + 1) * len(words) // count] for i, u in enumerate(starts)]
+    stretches = texts.Text(text.name, "\n\n".join(" ".join(part) for part in parts))
+    found = tokens.sample_passages(stretches, preprocessing, count, seed)
+    if not all(found[i][0]["attention_mask"].all() for i in range(count)):
+        raise SbpatchError(
+            f"{text.name} has {len(words)} words, too few for {count} samples of {preprocessing.tokens} tokens: ask for fewer"
+        )
+    return found
 
 
 def bench_command(

@@ -19,6 +19,8 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import constants as hub
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError, StrictDataclassError  # type: ignore[attr-defined]
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -27,11 +29,13 @@ from .errors import SbpatchError, one_line
 
 RELEASE_URL = "https://github.com/yitu-opensource/T2T-ViT/releases/download/main"
 CONNECT_SECONDS = 5  # how long a server may be silent before it counts as out of reach
-# What timm raises for weights that do not fit and files it cannot get, and the readers under torch.load for damage.
+# What timm and transformers raise for weights that do not fit and files they cannot get, and torch.load's for damage.
 LOAD_ERRORS = (
     *(RuntimeError, OSError, EOFError, ValueError, TypeError, LookupError, AttributeError, AssertionError),
-    *(SafetensorError, pickle.UnpicklingError, struct.error),
+    *(SafetensorError, pickle.UnpicklingError, struct.error, HTTPError, StrictDataclassError),
 )
+# Of a model's repository: configuration, tokenizer and weights in the folder itself, no copies for other frameworks.
+HUB_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "model.safetensors", "model-*-of-*.safetensors"]
 
 
 @dataclass(frozen=True)
@@ -103,6 +107,39 @@ def hub_or_cache() -> Iterator[None]:
         yield
     finally:
         hub.HF_HUB_OFFLINE = before
+
+
+def hub_snapshot(name: str) -> Path:
+    """The folder of the Hugging Face model `owner/name` in its cache, downloaded if the hub answers.
+
+    Raises:
+        SbpatchError: there is no such model, or neither the hub nor the cache can give it.
+    """
+    try:
+        with hub_or_cache():
+            folder = _snapshot(name, HUB_FILES)
+            if not [*folder.glob("model*.safetensors*")]:
+                folder = _snapshot(name, ["pytorch_model*.bin"])
+    except LocalEntryNotFoundError:
+        raise SbpatchError(
+            f"{name}: no such directory, no answer from {hub.ENDPOINT}/{name}, and nothing of it in the cache "
+            f"{hub.HF_HUB_CACHE}; download it elsewhere and give its directory as MODEL"
+        ) from None
+    except LOAD_ERRORS as error:
+        raise SbpatchError(
+            f"{name}: no such directory, and {hub.ENDPOINT}/{name} does not give it ({one_line(error)})"
+        ) from None
+    return folder
+
+
+def _snapshot(name: str, files: list[str]) -> Path:
+    offline = hub.HF_HUB_OFFLINE
+    try:
+        return Path(snapshot_download(name, allow_patterns=files, ignore_patterns="*/*", local_files_only=offline))
+    except LocalEntryNotFoundError as error:
+        if partial := getattr(error, "snapshot_path", None):
+            return Path(partial)  # may be all that is needed: what is missing is said when it is read
+        raise
 
 
 def _answers(url: str) -> bool:

@@ -14,7 +14,7 @@ from PIL import Image
 from rich.console import Console
 from tiny import checkpoint_of, refused, t2t
 
-from sbpatch import analyze, oracles
+from sbpatch import analyze, entries, oracles
 from sbpatch.attention.robust_pca import robust_pca
 
 PICTURES = ["entries.png", "entropy.png", "process.png", "robust-pca.png"]
@@ -99,11 +99,11 @@ def test_independent_errors_are_not_significant():
 
 def test_bins_hold_the_means():
     x = torch.arange(1000, dtype=torch.float64)
-    found = analyze.binned(x, {"itself": x, "one": torch.ones_like(x)}, bins=10)
+    found = entries.binned(x, {"itself": x, "one": torch.ones_like(x)}, bins=10)
     assert sum(found["count"]) == 1000
     assert found["mse"]["itself"] == pytest.approx(found["qk"], abs=1.5)
     assert found["mse"]["one"] == [1.0] * 10
-    gap = analyze.binned(torch.cat((torch.zeros(50), torch.ones(50))), {"y": torch.ones(100)}, bins=4)
+    gap = entries.binned(torch.cat((torch.zeros(50), torch.ones(50))), {"y": torch.ones(100)}, bins=4)
     assert gap["mse"]["y"] == [1.0, None, None, 1.0]
 
 

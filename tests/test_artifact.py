@@ -10,9 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from tiny import checkpoint_of, plan_for, refused, t2t
+from transformers_coverage import FAMILIES, plan_on
 
+import sbpatch
 from sbpatch import artifact
+from sbpatch.inputs import run
+from sbpatch.models import load_checkpoint
 from sbpatch.plan import PLAN_FILE
 
 FILES = ["README.md", "config.json", "model.safetensors", "report.png", "sbpatch.json", "sbpatch.safetensors"]
@@ -141,13 +146,82 @@ def test_saved_directory_is_complete_and_repeats(tmp_path):
     )
 
 
+BASE = {"model.safetensors", "config.json"}
+TOKENIZER = {"tokenizer.json", "tokenizer_config.json"}
+
+
+@pytest.mark.parametrize(
+    ("class_name", "auto", "beside"),
+    [
+        ("BertModel", "AutoModel", TOKENIZER),
+        ("BertForMaskedLM", "AutoModelForMaskedLM", TOKENIZER),
+        ("GPT2LMHeadModel", "AutoModelForCausalLM", {"generation_config.json", *TOKENIZER}),
+        ("ViTForImageClassification", "AutoModelForImageClassification", {"preprocessor_config.json"}),
+        ("CLIPModel", "AutoModel", {"preprocessor_config.json"}),
+        ("ViTMAEForPreTraining", "AutoModel", {"preprocessor_config.json"}),
+    ],
+)
+def test_transformers_directory_is_one_for_transformers_too(class_name, auto, beside, tmp_path):
+    next(f for f in FAMILIES if f.class_name == class_name).save(tmp_path / "base")
+    loaded = load_checkpoint(str(tmp_path / "base"))
+    plan = plan_on(loaded)
+    artifact.save(tmp_path / "out", loaded, plan)
+    drawn = {"sbpatch.safetensors"} if plan.tensors else set()
+    assert set(contents(tmp_path / "out")) == BASE | beside | drawn | {"README.md", "report.png", PLAN_FILE}
+    config = (tmp_path / "out" / "config.json").read_text()
+    assert "attn_implementation" not in config
+    assert "sdpa" not in config
+    probe = loaded.preprocessing.probe()
+    inputs = torch.randn_like(probe) if isinstance(probe, torch.Tensor) else probe
+    with torch.inference_mode():
+        exact = run(loaded.model, inputs)
+        assert torch.equal(run(load_checkpoint(str(tmp_path / "out")).model, inputs), exact)
+        theirs = getattr(transformers, auto).from_pretrained(tmp_path / "out", attn_implementation="sdpa")
+        assert torch.equal(run(theirs, inputs), exact)
+        patched = run(sbpatch.patch(loaded.model, plan), inputs)
+        assert not torch.equal(patched, exact)
+        assert torch.equal(run(sbpatch.load(tmp_path / "out"), inputs), patched)
+
+
+def test_tied_weights_are_written_once_and_stay_tied(tmp_path):
+    next(f for f in FAMILIES if f.class_name == "GPT2LMHeadModel").save(tmp_path / "base")
+    loaded = load_checkpoint(str(tmp_path / "base"))
+    artifact.save(tmp_path / "out", loaded, plan_on(loaded))
+    once = sum(t.numel() * 4 for t in loaded.model.parameters())  # parameters() names a tied tensor once
+    assert (tmp_path / "out" / "model.safetensors").stat().st_size < once + 8 * loaded.model.config.n_embd * 32
+    again = load_checkpoint(str(tmp_path / "out")).model
+    assert again.lm_head.weight is again.transformer.wte.weight
+
+
+def test_settings_of_sampling_do_not_stand_in_the_way(tmp_path):
+    """Files from older versions hold them where nothing is sampled; transformers refuses to save such a configuration."""
+    next(f for f in FAMILIES if f.class_name == "LlamaForCausalLM").save(tmp_path / "base")
+    (tmp_path / "base" / "generation_config.json").write_text(
+        '{"temperature": 0.6, "top_p": 0.9, "eos_token_id": [2, 5]}'
+    )
+    loaded = load_checkpoint(str(tmp_path / "base"))
+    artifact.save(tmp_path / "out", loaded, plan_on(loaded))
+    assert load_checkpoint(str(tmp_path / "out")).model.generation_config.eos_token_id == [2, 5]
+
+
+def test_tensors_of_the_patch_are_not_redrawn(tmp_path):
+    model = t2t()
+    artifact.save(tmp_path / "out", checkpoint_of(model, tmp_path), plan_for(model))
+    (tmp_path / "out" / "sbpatch.safetensors").unlink()
+    text = refused(sbpatch.load, tmp_path / "out")
+    assert f"{tmp_path / 'out' / 'sbpatch.safetensors'} is missing" in text
+    artifact.save(tmp_path / "none", checkpoint_of(model, tmp_path), plan_for(model, "clusters"))
+    assert not (tmp_path / "none" / "sbpatch.safetensors").exists()
+    sbpatch.load(tmp_path / "none")
+
+
 def test_a_model_that_cannot_be_saved_leaves_the_old_one(old):
     class Broken(torch.nn.Module):
         def state_dict(self, *args, **kwargs):
             raise RuntimeError("disk full")
 
     before = contents(old)
-    checkpoint = type("C", (), {"model": Broken()})()
+    checkpoint = type("C", (), {"model": Broken(), "family": "timm"})()
     with pytest.raises(RuntimeError, match="disk full"):
         artifact.save(old, checkpoint, plan_for(t2t()))
     assert contents(old) == before

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from io import BytesIO
 from pathlib import Path
@@ -12,11 +13,14 @@ import pytest
 import torch
 from PIL import Image
 from tiny import process, t2t
+from tiny_text import bert, llama, prose, words
 
 import sbpatch
 from sbpatch import cli, evaluate
 from sbpatch.data import batches, open_images
 from sbpatch.models import load_checkpoint
+from sbpatch.texts import open_text
+from sbpatch.tokens import windows
 
 CALIBRATED = ["README.md", "config.json", "model.safetensors", "report.png", "sbpatch.json"]
 QUICK = ["--samples", "3", "--budget", "0.2", "--data", "images", "--quiet"]
@@ -172,6 +176,108 @@ def test_evaluated_model_is_the_one_that_loads(patched):
     torch.testing.assert_close(logits["eager"], logits["sdpa"], atol=1e-4, rtol=1e-4)
 
 
+# ---- text models
+
+
+@pytest.fixture
+def texts(place) -> Path:
+    """Tiny language models in Hugging Face layout, and a text for them."""
+    for name, model in (("llama", llama()), ("bert", bert())):
+        model.save_pretrained(name)
+        words().save_pretrained(name)
+    Path("text.txt").write_text(prose(), encoding="utf-8")
+    return place
+
+
+TEXT = ["--samples", "3", "--budget", "0.3", "--data", "text.txt", "--length", "300", "--quiet"]
+
+
+@pytest.mark.parametrize(
+    ("model", "length", "sites"),
+    [
+        ("llama", None, [("model.layers.0.self_attn", 512, True), ("model.layers.1.self_attn", 512, True)]),
+        ("llama", "300", [("model.layers.0.self_attn", 300, True), ("model.layers.1.self_attn", 300, True)]),
+        ("bert", "300", [(f"encoder.layer.{i}.attention.self", 300, False) for i in range(2)]),
+    ],
+)
+def test_inspect_of_text_models(texts, capsys, model, length, sites):
+    options = [] if length is None else ["--length", length]
+    assert command("inspect", model, *options, "--json", "-", "--quiet") == 0
+    found = json.loads(capsys.readouterr().out)["sites"]
+    assert [(s["name"], s["tokens"], s["causal"]) for s in found] == sites
+    assert {s["decision"] for s in found} == {"patch"}
+
+
+@pytest.mark.slow
+@torch.inference_mode()
+def test_perplexity(texts):
+    """Windows of 64 with 40 new tokens each, against the sum by hand."""
+    args = ("--length", "64", "--stride", "40", "--limit", "5", "--json", "eval.json", "--quiet")
+    assert command("eval", "llama", "--dataset", "text.txt", *args) == 0
+    result = json.loads(Path("eval.json").read_text())
+    assert (result["dataset"], result["samples"], result["length"]) == ("text.txt, last 3/4", 5, 64)
+    assert result["batch_size"] == 1
+    checkpoint = load_checkpoint("llama", None, 64)
+    nll = []
+    for inputs, labels in windows(open_text("text.txt"), checkpoint.preprocessing, stride=40, limit=5):
+        logits = checkpoint.model(input_ids=inputs["input_ids"][None]).logits[0].double()
+        nll += (-logits.log_softmax(-1)[labels >= 0, labels[labels >= 0]]).tolist()
+    for figures in result["variants"].values():
+        assert figures["perplexity"] == pytest.approx(math.exp(sum(nll) / len(nll)), rel=1e-4)
+        assert figures["agreement"] == 100
+        assert figures.keys() == {
+            *("perplexity", "agreement", "latency_ms", "samples_per_second"),
+            *("peak_memory_bytes", "attention_memory_bytes"),
+        }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("model", "figure"), [("llama", "perplexity"), ("bert", "cosine")])
+def test_text_models_from_calibration_to_evaluation(texts, capsys, model, figure):
+    Path("r.yaml").write_text("sites: {'*': {method: window, window: 31}}")
+    assert command("calibrate", model, *TEXT, "--recipe", "r.yaml", "--json", "plan.json") == 0
+    plan = json.loads(Path("plan.json").read_text())
+    assert plan["input_size"] == [300]
+    assert plan["data"]["source"] == "text.txt, first 1/4"
+    assert {s["decision"] for s in plan["sites"]} == {"patch"}
+    assert command("eval", "--dataset", "text.txt", "--limit", "4", "--json", "eval.json") == 0
+    assert figure in capsys.readouterr().out
+    result = json.loads(Path("eval.json").read_text())
+    assert (result["model"], result["length"]) == (model, 300)
+    assert result["variants"].keys() == {"eager", "sdpa", "patched"}
+    eager, exact, patched = (result["variants"][name] for name in ("eager", "sdpa", "patched"))
+    assert eager[figure] == pytest.approx(exact[figure], rel=1e-3)
+    assert patched[figure] != exact[figure]
+    assert patched["attention_memory_bytes"] < eager["attention_memory_bytes"]
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["eval", "llama", "--dataset", "nowhere.txt"], "no such file: nowhere.txt"),
+        (["eval", "llama", "--dataset", "demo"], "demo holds images, and this model takes text"),
+        (["eval", "llama", "--dataset", "images"], "images is a directory"),
+        (["eval", "llama", "--dataset", "wikitext-2", "--data-dir", "images"], "none of wiki.valid.raw"),
+        (["eval", "llama", "--dataset", "text.txt", "--length", "600"], "512"),
+        (["eval", "llama", "--dataset", "text.txt", "--length", "60", "--stride", "61"], "a stride of 61"),
+        (["eval", "bert", "--dataset", "text.txt", "--stride", "40"], "--stride is for models that predict"),
+        (["calibrate", "llama", "--data", "cifar10", "-o", "new"], "cifar10 holds images"),
+        (["calibrate", "llama", "--data", "short.txt", "-o", "new"], "too few for a window of 512"),
+        (["calibrate", "llama", "--input-size", "64", "-o", "new"], "llama takes text: give --length"),
+        (["calibrate", "bert", "--data", "text.txt", "--samples", "64", "-o", "new"], "paragraphs of at least 200"),
+        (["inspect", "tiny.pth", "--length", "64"], "tiny.pth takes no text: give --input-size"),
+        (["calibrate", "tiny.pth", "--data", "text.txt", "-o", "new"], "text.txt is text, and this model takes images"),
+        (["eval", "tiny.pth", "--dataset", "wikitext-2"], "wikitext-2 is text, and this model takes images"),
+    ],
+)
+def test_texts_and_models_that_do_not_go_together(texts, capsys, args, said):
+    Path("short.txt").write_text("w1 w2 w3\n" * 20)
+    assert said in fails(capsys, *args, "--quiet")
+
+
+# ---- export
+
+
 @pytest.mark.parametrize("form", ["pt2", "onnx", "safetensors"])
 @torch.inference_mode()
 def test_exported_model_gives_the_same_logits(patched, form, capsys):
@@ -247,7 +353,8 @@ def test_models_that_cannot_be_had(capsys, verb, prepare, said, monkeypatch, tmp
         (["--method", "clusers"], "did you mean clusters"),
         (["--method", "window+lsh"], "two sparse parts"),
         (["--exclude", "*"], "nothing to patch"),
-        (["--include", "typo*"], "nothing to patch"),
+        (["--include", "typo*"], "no attention site matches 'typo*' of --include"),
+        (["--include", "*attention1*", "--include", "typo*"], "'typo*' of --include"),
         (["--recipe", "nowhere.yaml"], "no recipe at nowhere.yaml"),
         (["--recipe", "tiny.pth"], "tiny.pth"),
         (["--recipe", "bad.yaml"], "budgte"),

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import io
 import json
 from functools import partial
 
 import pytest
+import tiny_text
 import torch
 from PIL import Image
+from rich.console import Console
 from tiny import process, t2t
+from torch import Tensor, nn
 
 from sbpatch import bench, compare
 from sbpatch.attention import Geometry
 from sbpatch.bench import bench as run_bench
 from sbpatch.calibrate import calibrate
 from sbpatch.errors import SbpatchError
+from sbpatch.inputs import Inputs
+from sbpatch.models import Answer
 from sbpatch.patch import patch, unpatch
 
 METHODS = ["window", "naive:lsh+favor", "lsh+favor", "clusters", "auto", "nystromformer"]
@@ -58,7 +64,7 @@ def test_a_row_is_the_patched_model(model: torch.nn.Module) -> None:
     x = images(4)
     labels = torch.zeros(4, dtype=torch.long)
     row = compare.compare(model, [x], [(x, labels)], methods=["window"], budgets=[0.1])[1]
-    plan = calibrate(model, [x], budget=0.1, method="window", uniform=True)
+    plan = calibrate(model, [x], budget=0.1, method="window", allocation="measured")
     patch(model, plan)
     try:
         with torch.inference_mode():
@@ -75,6 +81,46 @@ def test_what_a_method_cannot_do_is_said(model: torch.nn.Module) -> None:
     assert "raise --budget" in rows[1]["skipped"]
     with pytest.raises(SbpatchError, match="unknown attention method"):
         compare.compare(model, [x], [(x, torch.zeros(2, dtype=torch.long))], methods=["lhs"], budgets=[0.1])
+
+
+ALLOCATIONS = ("uniform", "entropy", "measured", "joint")
+
+
+def texts(count: int, tokens: int) -> tuple[dict[str, Tensor], Tensor]:
+    """Token ids without padding, and as labels the token that comes next."""
+    ids = torch.randint(3, len(tiny_text.VOCABULARY), (count, tokens + 1), generator=torch.Generator().manual_seed(2))
+    return {"input_ids": ids[:, :-1], "attention_mask": torch.ones_like(ids[:, :-1])}, ids[:, 1:]
+
+
+@pytest.mark.parametrize(
+    ("answer", "quality"),
+    [("classes", {"top1", "agreement"}), ("features", {"cosine"}), ("next-token", {"agreement", "perplexity"})],
+)
+def test_allocations_of_one_method(model: nn.Module, answer: Answer, quality: set[str]) -> None:
+    x: Inputs
+    if answer == "classes":
+        subject, (x, labels) = model, (images(2), torch.zeros(2, dtype=torch.long))
+    else:
+        subject = tiny_text.bert() if answer == "features" else tiny_text.llama()
+        x, labels = texts(2, 256)
+    rows = compare.compare(
+        subject, [x], [(x, labels)], methods=["auto"], budgets=[0.5], allocations=ALLOCATIONS, answer=answer
+    )
+    assert [row.get("allocation") for row in rows] == [None, *ALLOCATIONS]
+    assert [compare.label(row) for row in rows] == ["exact", *(f"auto ({rule})" for rule in ALLOCATIONS)]
+    assert {row["method"] for row in rows[1:]} == {"auto"}
+    for row in rows[1:]:
+        assert quality <= row.keys()
+        assert row["budget"] <= 0.5
+        plan = calibrate(subject, [x], budget=0.5, answer=answer, allocation=row["allocation"])
+        assert plan.allocation == row["allocation"]
+        assert row["budget"] == plan.budget.used
+        errors = [site.output_error if site.decision == "patch" else 0 for site in plan.sites if site.method]
+        assert row["output_error"] == pytest.approx(sum(errors) / len(errors))  # type: ignore[arg-type]
+    assert len({row["output_error"] for row in rows[1:]}) > 1
+    console = Console(width=120, record=True, file=io.StringIO())
+    console.print(compare.table(rows, "ablation"))
+    assert "auto (entropy)" in console.export_text()
 
 
 def test_bench_rows() -> None:
@@ -107,6 +153,7 @@ def test_command_lines(tmp_path) -> None:
     for wrong in (
         ["bench", "--lengths", "12,x"],
         ["compare", "t2t-vit-demo", "--dataset", "demo", "--budgets", "much"],
+        ["compare", "t2t-vit-demo", "--dataset", "demo", "--allocations", "joint,fair"],
     ):
         done = sbpatch(*wrong)
         assert done.returncode == 1

@@ -335,7 +335,7 @@ def test_folders_and_files_of_something_else(tmp_path):
     (tmp_path / "a").mkdir()
     assert "one folder of images per class" in refused(str(tmp_path), SMALL)
     (tmp_path / "a" / "notes.txt").write_text("hello")
-    assert "not a parquet file" in refused(str(tmp_path / "a" / "notes.txt"), SMALL)
+    assert "is text, and this model takes images" in refused(str(tmp_path / "a" / "notes.txt"), SMALL)
 
 
 def test_limit_is_spread_over_the_classes(tmp_path):

@@ -2,17 +2,34 @@
 
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from tiny import t2t
+from tiny import refused, t2t
+from tiny_text import bert, llama, preprocessing, prose
+from torch import Tensor
+from transformers import BertForMaskedLM
 
+from sbpatch.answers import Scores, kept
 from sbpatch.errors import SbpatchError
-from sbpatch.evaluate import Subject, Totals, attention_memory_bytes, check_classes, eager_attention, exact_sites
+from sbpatch.evaluate import (
+    Subject,
+    Totals,
+    as_generation_starts,
+    attention_memory_bytes,
+    check_classes,
+    eager_attention,
+    exact_sites,
+)
+from sbpatch.inputs import Inputs, run
 from sbpatch.preprocessing import Preprocessing
+from sbpatch.samples import batches
 from sbpatch.sites import Call
+from sbpatch.texts import Text
+from sbpatch.tokens import passages, windows
 
 
 @pytest.mark.parametrize(("mask", "causal"), [("none", False), ("none", True), ("bool", False), ("float", False)])
@@ -25,21 +42,130 @@ def test_eager_attention_is_sdpa(mask: str, causal: bool) -> None:
     torch.testing.assert_close(eager_attention(call), call.exact())
 
 
-def test_totals_by_hand() -> None:
-    totals = Totals()
-    logits = np.array([[3.0, 2, 1, 0, -1, -2], [0, 1, 2, 3, 4, 5], [9, 0, 0, 0, 0, 0]])
-    exact = np.array([[3.0, 2, 1, 0, -1, -2], [9, 1, 2, 3, 4, 5], [9, 0, 0, 0, 0, 0]])
-    totals.add(logits, exact, np.array([0, 0, -1]))  # right; not even among five; no label
-    totals.ms = [10.0]
-    figures = totals.figures(batch_size=3)
-    assert figures["top1"] == 50
-    assert figures["top5"] == 50
-    assert figures["agreement"] == pytest.approx(200 / 3)
-    assert figures["samples_per_second"] == 300
-    unlabelled = Totals()
-    unlabelled.add(logits, exact, np.array([-1, -1, -1]))
-    unlabelled.ms = [10.0]
-    assert "top1" not in unlabelled.figures(3)
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("padded", [False, True])
+def test_eager_attention_on_grouped_heads(causal: bool, padded: bool) -> None:
+    """Padded on the left, so that the first causal queries see no key."""
+    q, (k, v) = torch.randn(2, 6, 17, 8), torch.randn(2, 2, 3, 17, 8)
+    real = torch.arange(17) >= torch.tensor([[0], [5]])
+    call = Call(q, k, v, is_causal=causal, enable_gqa=True, key_mask=real if padded else None)
+    torch.testing.assert_close(eager_attention(call), call.exact())
+
+
+# ---- what is kept of an answer, and what it comes to
+
+
+def figures(answer: str, output: Tensor, exact: Tensor, inputs: Inputs, labels: Tensor) -> dict[str, float]:
+    scores = Scores()
+    for i in range(0, len(output), 2):  # in batches of two
+        part = slice(i, i + 2)
+        x = inputs[part] if isinstance(inputs, Tensor) else {name: t[part] for name, t in inputs.items()}
+        found, true = (kept(answer, logits[part], x, labels[part]) for logits in (output, exact))
+        scores.add(found, true)
+    return scores.figures()
+
+
+def test_classes_by_hand() -> None:
+    logits = torch.tensor([[3.0, 2, 1, 0, -1, -2], [0, 1, 2, 3, 4, 5], [9, 0, 0, 0, 0, 0]])
+    exact = torch.tensor([[3.0, 2, 1, 0, -1, -2], [9, 1, 2, 3, 4, 5], [9, 0, 0, 0, 0, 0]])
+    labels = torch.tensor([0, 0, -1])  # right; not even among five; no label
+    found = figures("classes", logits, exact, torch.zeros(3, 1), labels)
+    assert found == {"top1": 50, "top5": 50, "agreement": pytest.approx(200 / 3)}
+    assert figures("classes", logits, exact, torch.zeros(3, 1), torch.full((3,), -1)).keys() == {"agreement"}
+
+
+@pytest.mark.parametrize("stride", [None, 7, 300])
+@torch.inference_mode()
+def test_perplexity_against_a_plain_loop(stride: int | None) -> None:
+    """Windows longer than what is looked at together, one at a time and in batches."""
+    model, text = llama(), Text("t", prose(12))
+    data = windows(text, preprocessing(300), stride=stride, limit=5)
+    other = llama(seed=1)
+    nll, same = [], []
+    for inputs, labels in data:
+        logits = model(input_ids=inputs["input_ids"][None]).logits[0].double()
+        top = other(input_ids=inputs["input_ids"][None]).logits[0].argmax(-1)
+        for position, label in enumerate(labels.tolist()):
+            if label >= 0:
+                nll.append(-math.log(float(logits[position].softmax(-1)[label])))
+                same.append(bool(logits[position].argmax() == top[position]))
+    scores = Scores()
+    for inputs, labels in batches(data, 2):
+        scores.add(*(kept("next-token", run(m, inputs), inputs, labels) for m in (model, other)))
+    found = scores.figures()
+    assert found.keys() == {"perplexity", "agreement"}
+    assert found["perplexity"] == pytest.approx(math.exp(sum(nll) / len(nll)), rel=1e-5)
+    assert found["agreement"] == pytest.approx(100 * sum(same) / len(same))
+    assert 0 < found["agreement"] < 100
+
+
+@torch.inference_mode()
+def test_cosine_is_over_real_tokens() -> None:
+    model, other = bert(), bert(seed=1)
+    data = passages(Text("t", prose(6, 75)), preprocessing(96))
+    expected = []
+    for inputs, _ in data:
+        ids = inputs["input_ids"][inputs["attention_mask"].bool()][None]  # without padding
+        a, b = (m(input_ids=ids).last_hidden_state[0].mean(0) for m in (model, other))
+        expected.append(float(torch.cosine_similarity(a, b, dim=0)))
+    scores = Scores()
+    for inputs, labels in batches(data, 4):
+        scores.add(*(kept("features", run(m, inputs), inputs, labels) for m in (model, other)))
+    assert scores.figures() == {"cosine": pytest.approx(sum(expected) / 6, abs=1e-5)}
+    assert abs(scores.figures()["cosine"]) < 0.9
+
+
+@torch.inference_mode()
+def test_masked_language_models_agree_on_real_tokens() -> None:
+    model, other = bert(cls=BertForMaskedLM), bert(seed=1, cls=BertForMaskedLM)
+    data = passages(Text("t", prose(4, 75)), preprocessing(96))
+    inputs, labels = next(batches(data, 4))
+    a, b = (run(m, inputs) for m in (model, other))
+    assert a.shape == (4, 96, 64)
+    found = figures("tokens", a, b, inputs, labels)
+    assert found == {"agreement": pytest.approx(100 * float((a.argmax(-1) == b.argmax(-1))[:, :75].float().mean()))}
+    assert figures("tokens", a, a, inputs, labels) == {"agreement": 100}
+
+
+def test_features_of_images() -> None:
+    """(B, n, C) over tokens, (B, C, H, W) over pixels, (B, C) as they are."""
+    tokens, labels, images = torch.randn(3, 20, 8), torch.full((3,), -1), torch.randn(3, 3, 9, 9)
+    expected = torch.nn.functional.normalize(tokens.double().mean(1), dim=-1).numpy()
+    for output in (tokens, tokens.mT.reshape(3, 8, 4, 5), tokens.mean(1)):
+        np.testing.assert_allclose(kept("features", output, images, labels)["embedding"], expected, atol=1e-6)
+    assert figures("features", tokens, 3 * tokens, images, labels) == {"cosine": pytest.approx(1)}
+    assert figures("features", tokens, -tokens, images, labels) == {"cosine": pytest.approx(-1)}
+
+
+@pytest.mark.parametrize("answer", ["classes", "next-token", "tokens", "features"])
+def test_values_that_are_not_finite_are_refused(answer: str) -> None:
+    shape = (2, 7) if answer == "classes" else (2, 300, 7)
+    labels = torch.zeros(shape[:-1], dtype=torch.int64)
+    output = torch.randn(shape)
+    kept(answer, output, torch.zeros(2, 1), labels)
+    output.view(-1)[-1] = torch.nan
+    assert "not finite" in refused(kept, answer, output, torch.zeros(2, 1), labels)
+
+
+def test_answers_of_another_shape_are_refused() -> None:
+    labels = torch.zeros(2, 9, dtype=torch.int64)
+    assert "(2, 5)" in refused(kept, "next-token", torch.randn(2, 5), torch.zeros(2, 9), labels)
+    assert "(2, 9, 5)" in refused(kept, "classes", torch.randn(2, 9, 5), torch.zeros(2, 9), labels[:, 0])
+
+
+# ---- time, memory, and what is refused
+
+
+@torch.inference_mode()
+def test_memory_is_that_of_a_prefill() -> None:
+    inputs, _ = windows(Text("t", prose()), preprocessing(64))[0]
+    batch = {name: tensor[None] for name, tensor in inputs.items()}
+    model = llama()
+    last = run(model, as_generation_starts(model, batch))
+    assert last.shape[:2] == (1, 1)
+    torch.testing.assert_close(last, run(model, batch)[:, -1:])
+    assert as_generation_starts(bert(), batch) is batch
+    assert as_generation_starts(t2t(), torch.zeros(1)).shape == (1,)
 
 
 def test_a_short_last_batch_is_no_latency() -> None:
@@ -60,7 +186,7 @@ def test_attention_memory_by_the_budgets_accounting() -> None:
 
 
 def test_other_classes_are_refused() -> None:
-    model = SimpleNamespace(name="m", config={"classes": 10})
+    model = SimpleNamespace(name="m", classes=10)
     check_classes(model, SimpleNamespace(name="d", classes=10))
     check_classes(model, SimpleNamespace(name="d", classes=None))
     with pytest.raises(SbpatchError, match="d has 1000 classes and m 10"):

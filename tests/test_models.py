@@ -142,7 +142,7 @@ def test_weak_t2t_gives_the_logits_of_the_official_code():
 @needs_demo
 def test_demo_is_embedded_in_float32():
     found = load_checkpoint(DEMO)
-    assert found.config["classes"] == 10
+    assert found.classes == 10
     assert not found.model.training
     assert {p.dtype for p in found.model.parameters()} == {torch.float32}
     assert found.preprocessing.crop_pct == 1.0
@@ -259,7 +259,7 @@ def test_timm_name_with_a_checkpoint(vit, tmp_path, name):
     images = torch.randn(2, 3, 160, 160)
     with torch.inference_mode():
         assert torch.equal(found.model(images), vit(images))
-    assert (found.family, found.config["num_classes"], found.preprocessing.input_size) == ("timm", 7, (3, 160, 160))
+    assert (found.family, found.classes, found.preprocessing.input_size) == ("timm", 7, (3, 160, 160))
     again = load_checkpoint(saved(tmp_path / "out", found.config, found.model.state_dict()))
     with torch.inference_mode():
         assert torch.equal(again.model(images), vit(images))
@@ -335,7 +335,8 @@ def test_timm_model_without_published_weights():
         ("vit_base_patch16_384.augreg_in1", "vit_base_patch16_384.augreg_in1k"),
         ("timm/vit_tinny_patch16_224", "vit_tiny_patch16_224"),
         ("qqq", "known are t2t-vit-14"),
-        ("google/vit-base-patch16-224", "T2T-ViT and timm models"),
+        ("google/vit-base-patch16-224", "huggingface.co/google/vit-base-patch16-224"),
+        ("nothing-here.gguf", "no such file or directory"),
         ("./nothing-here", "no such file or directory"),
         ("weights.safetensors", "no such file or directory"),
     ],
@@ -356,7 +357,7 @@ def test_directories_that_hold_no_model(tmp_path):
     (tmp_path / "config.json").write_text("{")
     assert "config.json" in refused(str(tmp_path))
     (tmp_path / "config.json").write_text('{"architectures": ["ViTForImageClassification"]}')
-    assert "names no 'architecture'" in refused(str(tmp_path))
+    assert "names neither a 'model_type'" in refused(str(tmp_path))
     (tmp_path / "config.json").write_text('{"architecture": "test_vit"}')
     assert f"no such weights file: {tmp_path / 'model.safetensors'}" in refused(str(tmp_path))
     save_file({"a": torch.zeros(1)}, tmp_path / "model.safetensors")

@@ -121,6 +121,22 @@ def test_eval_table_without_labels_or_patch():
     assert "patched" not in text
 
 
+def text_result(**quality: float) -> dict:
+    timed = ("latency_ms", "samples_per_second", "peak_memory_bytes", "attention_memory_bytes")
+    variants = {k: {x: v[x] for x in timed} | quality for k, v in RESULT["variants"].items()}
+    return RESULT | {"variants": variants, "length": 2048}
+
+
+def test_eval_table_of_texts_has_the_columns_that_apply():
+    text = rendered(report.eval_table(text_result(agreement=91.25, perplexity=17.0123)), 100)
+    assert {"perplexity", "agree", "17.012", "91.25"} <= set(text.split())
+    assert not {"top1", "top5", "cosine"} & set(text.split())
+    assert "360 samples of 2048 tokens" in text
+    text = rendered(report.eval_table(text_result(cosine=0.987654)), 100)
+    assert {"cosine", "0.98765"} <= set(text.split())
+    assert not {"top1", "agree", "perplexity"} & set(text.split())
+
+
 @pytest.mark.parametrize(
     ("count", "said"), [(0, "0 B"), (999, "999 B"), (1e3, "1 kB"), (1.5e6, "1.5 MB"), (2e9, "2 GB"), (3e13, "3e+04 GB")]
 )
@@ -162,6 +178,15 @@ def test_model_card_holds_the_plan():
     assert f"torch {plan.versions['torch']}" in card
     assert "None" not in card
     assert card.startswith("---\nlibrary_name: sbpatch\n")
+
+
+def test_model_card_of_a_text_model():
+    plan = long_plan()
+    plan.input_size, plan.agreement = [512], None
+    card = report.model_card(plan)
+    assert "8 samples (512 tokens each) of `demo`" in card
+    assert "Agreement" not in card
+    assert "None" not in card
 
 
 @pytest.mark.parametrize("patched", [1, 3, 24])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 import threading
 from collections.abc import Callable
 
@@ -12,7 +13,7 @@ import torch
 from tiny import refused, t2t, vit
 from torch import Tensor, nn
 
-from sbpatch.attention import Scatterbrain, parse_method
+from sbpatch.attention import Geometry, Scatterbrain, parse_method
 from sbpatch.sites import Call, PatchedSite, Site, find_sites, restore, swap, swapped
 
 IMAGES = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(7))
@@ -77,31 +78,77 @@ def test_sites_of_t2t_vit():
 
 
 @pytest.mark.parametrize(
-    ("name", "change", "reason"),
+    ("name", "change", "size", "reasons"),
     [
-        ("beit_base_patch16_224", {"depth": 1}, "a dense attention mask or bias"),
-        ("xcit_nano_12_p16_224", {"depth": 1, "img_size": 224}, "1 queries against 17 keys"),
-        ("cait_xxs24_224", {"depth": 1}, "1 queries against 17 keys"),
+        ("beit_base_patch16_224", {"depth": 1}, 64, ["a dense attention mask or bias"]),
+        ("cait_xxs24_224", {"depth": 1}, 64, ["a softmax of its own over 16 x 16", *["1 queries against 17 keys"] * 2]),
+        ("xcit_nano_12_p16_224", {"depth": 1, "img_size": 224}, 64, [None, *["1 queries against 17 keys"] * 2]),
+        (
+            "swin_tiny_patch4_window7_224",
+            {"depths": (1, 1), "num_heads": (2, 4), "embed_dim": 32, "img_size": 224},
+            224,
+            ["a dense attention mask or bias"] * 2,
+        ),
+        (
+            "swinv2_tiny_window8_256",
+            {"depths": (1, 1), "num_heads": (2, 4), "embed_dim": 32, "img_size": 256},
+            256,
+            ["a softmax of its own over 64 x 64"] * 2,
+        ),
     ],
 )
-def test_attention_that_cannot_be_patched_says_why(name, change, reason):
-    """In xcit and cait the blocks' own attention is no softmax over tokens and is not seen; their class attention is."""
-    for site in sites_of(vit(name, **change)):
-        assert reason in site.unsupported
+def test_attention_that_cannot_be_patched_says_why(name, change, size, reasons):
+    """Talking heads, class attention, biases, a cosine softmax; xcit attends over channels, which is plain attention."""
+    model = timm.create_model(name, **change).eval() if name.startswith("swin") else vit(name, **change)
+    found = [site.unsupported for site in sites_of(model, size, size)]
+    assert len(found) == len(reasons)
+    assert all(text is None if reason is None else reason in text for text, reason in zip(found, reasons, strict=True))
 
 
-@pytest.mark.parametrize(
-    ("name", "change", "size"),
-    [
-        ("resnet18", {}, 64),
-        ("swin_tiny_patch4_window7_224", {"depths": (1, 1), "num_heads": (2, 4), "embed_dim": 32}, 224),
-    ],
-)
-def test_models_without_a_call_to_find(name, change, size):
-    """A convolutional model; and swin, whose windowed softmax is written by hand."""
-    text = refused(sites_of, timm.create_model(name, **change).eval(), size, size)
+def test_a_model_without_attention_is_refused():
+    text = refused(sites_of, timm.create_model("resnet18").eval(), 64, 64)
     assert "no attention found" in text
     assert "nothing to patch" in text
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "swin_tiny_patch4_window7_224"])
+def test_fused_attention_switched_off(name):
+    """timm's switch: what is plain attention by hand is patched through the fused call, and the switch set back."""
+    torch.manual_seed(0)
+    if name.startswith("swin"):
+        model, size = timm.create_model(name, depths=(1, 1), num_heads=(2, 4), embed_dim=32).eval(), 224
+    else:
+        model, size = vit(name), 64
+    attention = [m for m in model.modules() if hasattr(m, "fused_attn")]
+    for module in attention:
+        module.fused_attn = False
+    images = torch.randn(1, 3, size, size)
+    before = logits(model, images)
+    sites = sites_of(model, size, size)
+    assert len(sites) == 2
+    assert not any(module.fused_attn for module in attention)
+    seen: list[Call] = []
+    with swapped(model, {site.name: lambda call: seen.append(call) or call.exact() for site in sites}):
+        torch.testing.assert_close(logits(model, images), before, atol=1e-4, rtol=1e-4)
+    assert len(seen) == 2
+    assert not any(module.fused_attn for module in attention)
+    assert torch.equal(logits(model, images), before)
+
+
+def test_a_fused_form_that_differs_is_not_taken():
+    class Wrong(nn.Module):
+        fused_attn = False
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.fused_attn:
+                return sdpa(x, x, -x)
+            return ((x @ x.mT) / 8**0.5 + 0).softmax(-1) @ x
+
+    model = nn.Sequential(Wrong())
+    (site,) = find_sites(model, torch.randn(1, 2, 9, 8))
+    assert "a softmax of its own" in site.unsupported
+    assert site.by_hand
+    assert "fused_attn" not in vars(model[0]) or model[0].fused_attn is False
 
 
 class Odd(nn.Module):
@@ -125,9 +172,12 @@ sdpa = nn.functional.scaled_dot_product_attention
         (lambda x: sdpa(x, x, x) + sdpa(x, x, -x), "2 attention calls"),
         (lambda x: sdpa(x, x, x[..., :4]), "values 4 wide and queries 8"),
         (lambda x: sdpa(x[:, 0], x[:, 0], x[:, 0]), "3-D queries"),
-        (lambda x: sdpa(x, x[:, :1], x[:, :1], enable_gqa=True), "grouped-query heads"),
-        (lambda x: sdpa(x, x, x, torch.ones(9, 9, dtype=torch.bool)), "mask"),
-        (lambda x: sdpa(x, x, x, is_causal=True), None),
+        (lambda x: sdpa(x[0], x[0], x[0]) + sdpa(x[:1, None], x[:1, None], x[:1, None])[0, 0], "3-D queries"),
+        (lambda x: sdpa(x[:, None], x[:, None], x[:, None])[:, 0], "windows of 9 tokens"),
+        (lambda x: sdpa(x, x, x, torch.rand(9, 9)), "mask or bias"),
+        (lambda x: sdpa(x, x, x, torch.rand(1, 2, 9, 9) > 0.5), "mask or bias"),
+        (lambda x: sdpa(x, x, x, torch.ones(9, 9, dtype=torch.bool)), None),
+        (lambda x: sdpa(x, x[:, :1], x[:, :1], enable_gqa=True), None),
         (lambda x: sdpa(query=x, key=x, value=x, scale=0.3), None),
     ],
 )
@@ -293,6 +343,16 @@ def test_compile_without_a_graph_break(make):
     torch.compiler.reset()
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile generates C++ here, and there is no g++")
+def test_compile_by_inductor():
+    model = vit(depth=1)
+    swap(model, layers(model))
+    compiled = torch.compile(model, fullgraph=True)
+    torch.testing.assert_close(logits(compiled), logits(model), atol=1e-4, rtol=1e-4)
+    torch.compiler.reset()
+
+
 def gradients(model: nn.Module) -> dict[str, Tensor]:
     model.zero_grad()
     model(IMAGES).square().sum().backward()
@@ -324,9 +384,11 @@ def test_gradients_are_the_models_own_where_the_patch_is_exact():
 @pytest.mark.parametrize(
     "change",
     [
-        {"attn_mask": torch.zeros(17, 17)},
+        {"attn_mask": torch.randn(17, 17)},
+        {"attn_mask": torch.ones(17, 17, dtype=torch.bool).tril()},
+        {"is_causal": True},
         {"dropout_p": 0.1},
-        {"enable_gqa": True},
+        {"query": torch.zeros(1, 6, 17, 64)},
         {"key": torch.zeros(1, 3, 9, 64), "value": torch.zeros(1, 3, 9, 64)},
     ],
 )
@@ -334,6 +396,28 @@ def test_a_call_of_another_kind_is_refused(change):
     x = torch.randn(1, 3, 17, 64)
     site = layers(vit())["blocks.0.attn"]
     assert "blocks.0.attn" in refused(site, Call(**{"query": x, "key": x, "value": x} | change))
+
+
+def test_few_keys_are_attended_exactly():
+    """No more keys than the layer stores: then the exact call is the cheaper one."""
+    site = layers(vit(), window=5, rank=9)["blocks.0.attn"]
+    assert 14 < site.layer.stored < 15
+    for tokens, exact in [(13, True), (14, True), (15, False)]:
+        call = Call(*torch.randn(3, 1, 3, tokens, 64))
+        assert torch.equal(site(call), call.exact()) == exact
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(1, 80), (3, 80), (80, 200)])
+def test_a_causal_site_decodes_exactly(queries, keys):
+    """One token, a piece of a prompt, a static cache: exact. And heads of a group that come as queries of one head."""
+    geometry = Geometry(128, 4, 8, causal=True)
+    site = PatchedSite("s", Scatterbrain("sinks", geometry, 0, window=8, first=1))
+    q, (k, v) = torch.randn(2, 4, queries, 8), torch.randn(2, 2, 4, keys, 8)
+    mask = torch.rand(2, 1, queries, keys) > 0.5
+    for call in (Call(q, k, v), Call(q, k, v, mask), Call(q, k, v, is_causal=True)):
+        assert torch.equal(site(call), call.exact())
+    packed = Call(torch.randn(2, 2, 80, 8), k[:, :2, :80], v[:, :2, :80], mask[:, :, :1, :80])
+    assert torch.equal(site(packed), packed.exact())
 
 
 def test_dropout_is_refused_only_where_it_is_active():

@@ -23,7 +23,8 @@ class Clusters(nn.Module):
     """`rank` key clusters a head: strided starting centres, `steps` Lloyd steps, all in key space.
 
     Causal sites cluster online: at each chunk of `CAUSAL_CHUNK` keys, new centres start there and its keys join the
-    nearest cluster; a query reads the clusters of the chunks before its own, and its own chunk through the window.
+    nearest cluster; a query reads the clusters of the chunks before its own, and its own chunk through the window. Where
+    k and v have fewer heads than q (grouped queries), each is clustered once and read by all queries of its group.
     """
 
     kind: ClassVar[Literal["low-rank"]] = "low-rank"
@@ -34,11 +35,14 @@ class Clusters(nn.Module):
         if rank < 1 or steps < 0:
             raise SbpatchError(f"clusters need a rank of at least 1 and steps of at least 0, not {rank} and {steps}")
         self.rank, self.steps, self.causal = rank, steps, site.causal
-        self.stored = rank + 1.0
+        chunks = -(-site.tokens // self.CAUSAL_CHUNK)
+        begun = [self._begun(row // self.CAUSAL_CHUNK, chunks) for row in range(site.tokens)]
+        self.stored = 1.0 + (sum(begun) / site.tokens if site.causal else rank)
 
     @classmethod
     def sized(cls, stored: float, site: Geometry) -> dict[str, int] | None:
-        return {"rank": int(stored) - 1} if stored >= 2 else None
+        each = 2 if site.causal else 1  # clusters begin as the sequence goes on: a row reads half of them, on average
+        return {"rank": each * (int(stored) - 1)} if stored >= 2 else None
 
     def _clusters(self, k: Tensor, v: Tensor, key_mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Cluster of each key (B, H, n), then counts (B, H, m, 1), mean keys and mean values (B, H, m, d), float32."""
@@ -60,8 +64,12 @@ class Clusters(nn.Module):
         q, k, v are read where they lie: no scaled copies, so that the peak stays below that of exact fused attention.
         """
         _, count, mean_k, mean_v = self._clusters(k, v, key_mask)
-        bias = count.log().mT.to(q.dtype).expand(-1, -1, q.shape[-2], -1)  # empty: -inf
-        return F.scaled_dot_product_attention(q, mean_k.to(q.dtype), mean_v.to(q.dtype), attn_mask=bias, scale=scale)
+        rows = (
+            q.unflatten(1, (k.shape[1], -1)).flatten(2, 3) if q.shape[1] > k.shape[1] else q
+        )  # (B, H_k, group * n, d)
+        bias = count.log().mT.to(q.dtype).expand(-1, -1, rows.shape[-2], -1)  # empty: -inf
+        out = F.scaled_dot_product_attention(rows, mean_k.to(q.dtype), mean_v.to(q.dtype), attn_mask=bias, scale=scale)
+        return out.reshape(*q.shape[:-1], v.shape[-1])
 
     def summarise(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Summary:
         q, k, v = q.float(), k.float(), v.float()
@@ -84,9 +92,13 @@ class Clusters(nn.Module):
 
         return Summary(shift, total[..., :-1], total[..., -1:], entries)
 
+    def _begun(self, chunk: int, chunks: int) -> int:
+        """Clusters that begin before this chunk: `rank` in all, evenly spread, the first one in the first chunk."""
+        return -(-self.rank * chunk // chunks)
+
     def _fresh(self, chunk: int, chunks: int) -> int:
-        """Clusters that begin in this chunk: `rank` in all, evenly spread, the first one in the first chunk."""
-        return -(-self.rank * (chunk + 1) // chunks) + (self.rank * chunk // -chunks)
+        """Clusters that begin in this chunk."""
+        return self._begun(chunk + 1, chunks) - self._begun(chunk, chunks)
 
     def _summarise_causal(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Summary:
         size, (batch, heads, n, width) = self.CAUSAL_CHUNK, k.shape

@@ -58,14 +58,20 @@ def _chunks(rows: Tensor, index: Tensor, keep: Tensor | None) -> Iterator[tuple[
         yield part if real is None else part * real[..., None], where
 
 
-def strided(k: Tensor, key_mask: Tensor | None, count: int) -> Tensor:
-    """`count` keys at even strides over those that are not padding, (B, H, count, d); zeros where all is padding."""
+def strided(k: Tensor, key_mask: Tensor | None, count: int, once: bool = False) -> Tensor:
+    """`count` keys at even strides over those that are not padding, (B, H, count, d); zeros where all is padding.
+
+    Where there are fewer than that, keys repeat; `once`: each comes once, and what follows them is to be ignored.
+    """
     n, odd = k.shape[-2], 2 * torch.arange(count, device=k.device) + 1
     if key_mask is None:
         return k.index_select(2, odd * n // (2 * count))
     seen = key_mask.cumsum(-1)  # (B, n)
-    wanted = odd * seen[:, -1:] // (2 * count) + 1  # the t-th real token
-    index = torch.searchsorted(seen, wanted).clamp(max=n - 1)  # (B, count)
+    place = torch.where(key_mask, seen - 1, n)  # the t-th real token at place t, padding past the end
+    real = seen.new_zeros(seen.shape[0], n + 1).scatter(-1, place, torch.arange(n, device=k.device).expand_as(seen))
+    every = seen[:, -1:]  # (B, 1) real tokens
+    of = every.clamp(min=1, max=count) if once else count
+    index = real.gather(-1, (odd * every // (2 * of)).clamp(max=n - 1))  # (B, count)
     chosen = k.gather(2, index[:, None, :, None].expand(-1, k.shape[1], -1, k.shape[-1]))
     return chosen.masked_fill(~key_mask.any(-1)[:, None, None, None], 0)
 
@@ -81,7 +87,9 @@ def lloyd(k: Tensor, key_mask: Tensor | None, m: int, steps: int) -> Tensor:
     seen = min(n, SAMPLE * m)
     start = strided(k, key_mask, m)
     if seen < n:
-        k, key_mask = strided(k, key_mask, seen), None if key_mask is None else key_mask.any(-1, keepdim=True)
+        k = strided(k, key_mask, seen, once=True)
+        if key_mask is not None:  # fewer real keys than that: as if the padding were not there
+            key_mask = torch.arange(seen, device=k.device) < key_mask.sum(-1, keepdim=True)
     keep = k.new_ones(k.shape[0], 1, seen) if key_mask is None else key_mask.to(k.dtype)[:, None, :].expand(-1, 1, seen)
     centre = start
     for _ in range(steps):

@@ -28,7 +28,7 @@ def scatterbrain_matrix(
 ) -> Tensor:
     """A' of `layer`: exp(q.k) on the support and L elsewhere (eq. 1), rows normalised; (B, H, n, n) float64.
 
-    A naive sum keeps L on the support too; a whole method gives its own matrix.
+    L carries the layer's gain. A naive sum keeps L on the support too; a whole method gives its own matrix.
 
     The unnormalised entries are formed as they stand, so the logits must be moderate (below some hundreds).
     """
@@ -45,6 +45,8 @@ def scatterbrain_matrix(
         if not layer.naive:  # where L is signed and does not leave a positive remainder, there is none
             rest = entries.masked_fill(support | ~pairs, 0).sum(-1, keepdim=True)
             entries = entries.masked_fill(rest <= 0, 0)
+        if layer.gain is not None:
+            entries = entries * layer.gain.double().exp()[:, None, None]
         exact = (q.double() @ k.double().mT).exp()
         entries = torch.where(support, exact + entries if layer.naive else exact, entries)
     entries = entries.masked_fill(~pairs, 0)

@@ -32,6 +32,11 @@ class Geometry:
     grid: tuple[int, int] | None = None
     prefix: int = 0
 
+    @property
+    def row_keys(self) -> float:
+        """Keys that exact attention reads for one query row, on average: what a budget is a share of."""
+        return (self.tokens + 1) / 2 if self.causal else self.tokens
+
 
 class Tiles(NamedTuple):
     """One round of a sparse support: G groups, each `bq` queries against `bk` keys. Nothing n x n is ever formed.
@@ -78,7 +83,7 @@ class LowRank(Protocol):
 
     kind: ClassVar[Literal["low-rank"]]
     rank: int
-    stored: float  # entries per query row: 2m for features, m + 1 for clusters
+    stored: float  # entries per query row, on average: 2m for features, m + 1 for clusters
 
     @classmethod
     def sized(cls, stored: float, site: Geometry) -> dict[str, int] | None: ...

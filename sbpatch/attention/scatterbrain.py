@@ -3,7 +3,8 @@
     A' = L + S,  S_ij = exp(q_i.k_j) - L_ij on the support, 0 elsewhere;  output = A'V / A'1
 
 so that A' is exact on the support and L elsewhere. The sparse part is summed as exp(q.k), and what L holds on the support
-is taken off L's own sums; the two are merged in logarithmic scale like two blocks of a streaming softmax.
+is taken off L's own sums; the two are merged in logarithmic scale like two blocks of a streaming softmax. L may carry a
+factor exp(gain) a head, which calibration learns: clusters, for one, always weigh less than their keys (Jensen).
 """
 
 from __future__ import annotations
@@ -21,6 +22,9 @@ from .sinks import Sinks
 from .tiles import restore, split_groups, take
 from .window import Window
 
+Sums = tuple[
+    Tensor, Tensor, Tensor
+]  # shift (B, H, n, 1), numerator (B, H, n, e), denominator (B, H, n, 1), by exp(-shift)
 TILE_ENTRIES = 1 << 17  # pairs of one sample and head that are worked on at once
 
 
@@ -33,6 +37,8 @@ class Scatterbrain(nn.Module):
         SbpatchError: unknown method or parameter, or a combination that cannot hold for this site.
     """
 
+    gain: Tensor | None  # (H,), in nats
+
     def __init__(self, method: str, site: Geometry, seed: int, **parameters: int) -> None:
         super().__init__()
         sparse, low_rank = parse_method(method)
@@ -40,6 +46,8 @@ class Scatterbrain(nn.Module):
         self.naive = method.startswith(NAIVE)  # the paper's baseline: L + exp(q.k) on the support, counted twice there
         self.support = self._part(sparse, site, seed, parameters)
         self.low_rank = self._part(low_rank, site, seed + 1, parameters)
+        both = sparse is not None and low_rank is not None and not self.naive
+        self.register_buffer("gain", torch.zeros(site.heads) if both else None, persistent=False)
         if parameters:
             raise SbpatchError(f"method '{method}' takes no parameter '{', '.join(sorted(parameters))}'")
         if site.causal and isinstance(self.low_rank, Clusters):
@@ -72,7 +80,10 @@ class Scatterbrain(nn.Module):
 
     @property
     def stored(self) -> float:
-        """Entries stored for one query row: nnz + 2m for feature maps, nnz + m + 1 for clusters. The budget is this over n."""
+        """Entries stored for one query row, on average: nnz + 2m for feature maps, nnz + m + 1 for clusters.
+
+        The budget is this over `site.row_keys`.
+        """
         return self.nnz + (self.low_rank.stored if self.low_rank is not None else 0.0)
 
     def forward(
@@ -80,22 +91,45 @@ class Scatterbrain(nn.Module):
     ) -> Tensor:
         """q, k (B, H, n, d), v (B, H, n, e), key_mask (B, n) bool with True for real keys -> (B, H, n, e) in q's dtype.
 
-        A query that no real key is left for gets zeros, as in PyTorch's own attention.
+        k and v may have fewer heads than q, each shared by a run of query heads (grouped queries). A query that no real key
+        is left for gets zeros, as in PyTorch's own attention.
         """
         scale = q.shape[-1] ** -0.5 if scale is None else scale
-        if self.support is None and isinstance(self.low_rank, Clusters):
+        if self.support is None and isinstance(self.low_rank, Clusters) and not self.site.causal:
             return self.low_rank.attend(q, k, v, key_mask, scale)
-        q, k = q * scale**0.5, k * scale**0.5  # from here on the logits are q.k
         if self.low_rank is not None and self.low_rank.kind == "whole":
-            return self.low_rank(q, k, v, key_mask)
+            k, v = self._all_heads(q, k, v)
+            return self.low_rank(q * scale**0.5, k * scale**0.5, v, key_mask)
+        exact, low = self.split(q, k, v, key_mask, scale)
+        return self.merged(exact, low, self.gain).to(v.dtype)
+
+    def split(
+        self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, scale: float
+    ) -> tuple[Sums | None, Sums | None]:
+        """Sums of exp(q.k) over the support and of L over the pairs outside it (all pairs, where the sum is naive)."""
+        k, v = self._all_heads(q, k, v)
+        q, k = q * scale**0.5, k * scale**0.5  # from here on the logits are q.k
         summary = self.low_rank.summarise(q, k, v, key_mask) if self.low_rank is not None else None
         exact, covered = self._sparse(q, k, v, key_mask, None if self.naive else summary)
-        if summary is not None:
-            low = _plain(summary) if covered is None else _remainder(summary, covered)
-            exact = low if exact is None else _merge(exact, low)
-        assert exact is not None
-        _, numerator, denominator = exact
-        return (numerator / denominator.masked_fill(denominator == 0, 1)).to(v.dtype)
+        if summary is None:
+            return exact, None
+        return exact, _plain(summary) if covered is None else _remainder(summary, covered)
+
+    @staticmethod
+    def merged(exact: Sums | None, low: Sums | None, gain: Tensor | None) -> Tensor:
+        """The output (B, H, n, e) of both sums, the low-rank one times exp(gain), gain (H,)."""
+        if low is not None and gain is not None:
+            low = (low[0] + gain[:, None, None], low[1], low[2])
+        both = low if exact is None else exact if low is None else _merge(exact, low)
+        assert both is not None
+        _, numerator, denominator = both
+        return numerator / denominator.masked_fill(denominator == 0, 1)
+
+    @staticmethod
+    def _all_heads(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """k and v with as many heads as q; of size n d, beside which a tile's pairs are the larger part."""
+        group = q.shape[1] // k.shape[1]
+        return (k, v) if group == 1 else (k.repeat_interleave(group, 1), v.repeat_interleave(group, 1))
 
     def _allowed(self, tiles: Tiles, key_mask: Tensor | None) -> Tensor:
         """The valid pairs of a round that are neither padding nor, where the site is causal, in the future."""
@@ -110,9 +144,9 @@ class Scatterbrain(nn.Module):
 
     def _sparse(
         self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, summary: Summary | None
-    ) -> tuple[tuple[Tensor, Tensor, Tensor] | None, tuple[Tensor, Tensor] | None]:
+    ) -> tuple[Sums | None, tuple[Tensor, Tensor] | None]:
         """(shift, numerator, denominator) of exp(q.k) over the support, and what L holds there."""
-        exact: tuple[Tensor, Tensor, Tensor] | None = None
+        exact: Sums | None = None
         covered: tuple[Tensor, Tensor] | None = None
         if self.support is None:
             return None, None
@@ -144,18 +178,18 @@ class Scatterbrain(nn.Module):
         return sums
 
 
-def _merge(a: tuple[Tensor, Tensor, Tensor], b: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+def _merge(a: Sums, b: Sums) -> Sums:
     """Add two (shift, numerator, denominator), each scaled by exp(-shift), in the scale of the larger one."""
     shift = torch.maximum(a[0], b[0])
     scale_a, scale_b = (a[0] - shift).exp(), (b[0] - shift).exp()
     return shift, a[1] * scale_a + b[1] * scale_b, a[2] * scale_a + b[2] * scale_b
 
 
-def _plain(summary: Summary) -> tuple[Tensor, Tensor, Tensor]:
+def _plain(summary: Summary) -> Sums:
     return summary.shift, summary.numerator, summary.denominator
 
 
-def _remainder(summary: Summary, covered: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+def _remainder(summary: Summary, covered: tuple[Tensor, Tensor]) -> Sums:
     """L over the pairs outside the support. Below the rounding of the sum it came from, it is zero: there all is covered."""
     rounding = 1e-12 if summary.denominator.dtype == torch.float64 else 1e-6
     denominator = summary.denominator - covered[1]

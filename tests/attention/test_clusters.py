@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sbpatch.attention import Geometry
+from sbpatch.attention import Geometry, Scatterbrain
 from sbpatch.attention.clusters import Clusters
 from sbpatch.attention.kmeans import lloyd
 from sbpatch.attention.reference import exact_matrix
@@ -161,3 +161,15 @@ def test_sized_never_stores_more_than_asked(stored: float) -> None:
     assert (parameters is None) == (stored < 2)
     if parameters is not None:
         assert stored - 1 < Clusters(Geometry(100, 1, 4), 0, **parameters).stored <= stored
+
+
+@given(n=st.integers(2, 90), rank=st.integers(1, 12), steps=st.integers(0, 2), data=st.data())
+def test_padding_anywhere_changes_nothing(n, rank, steps, data):
+    """Real tokens among padding get what they get alone, also where fewer are left than the Lloyd steps would look at."""
+    real = sorted(data.draw(st.sets(st.integers(0, n - 1), min_size=1)))
+    q, k, v = torch.randn(3, 1, 2, n, 8, generator=torch.Generator().manual_seed(n))
+    mask = torch.zeros(1, n, dtype=torch.bool)
+    mask[0, real] = True
+    padded = Scatterbrain("clusters", Geometry(n, 2, 8), 0, rank=rank, steps=steps)(q, k, v, mask)
+    alone = Scatterbrain("clusters", Geometry(len(real), 2, 8), 0, rank=rank, steps=steps)(*(x[:, :, real] for x in (q, k, v)))
+    torch.testing.assert_close(padded[:, :, real], alone)

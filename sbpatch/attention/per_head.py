@@ -1,0 +1,81 @@
+"""Heads of one site that compute attention in different ways: groups of heads, each with a layer of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..errors import SbpatchError
+from .registry import Geometry
+from .scatterbrain import Scatterbrain
+
+
+class Exact(nn.Module):
+    """Exact attention under the signature of `Scatterbrain`, for heads that no approximation is good enough for."""
+
+    method, rank = "exact", 0
+    parameters_used: dict[str, int] = {}  # noqa: RUF012 (never changed)
+
+    def __init__(self, site: Geometry) -> None:
+        super().__init__()
+        self.site, self.nnz, self.stored = site, site.row_keys, site.row_keys
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None, scale: float | None = None
+    ) -> Tensor:
+        """q (B, H, n, d), k and v of H or fewer heads, key_mask (B, n) bool -> (B, H, n, e)."""
+        mask, causal = None, self.site.causal
+        if key_mask is not None:
+            mask = key_mask[:, None, None, :]
+            if causal:
+                mask = mask & torch.ones(k.shape[-2], k.shape[-2], dtype=torch.bool, device=k.device).tril()
+        grouped = k.shape[1] != q.shape[1]
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=causal and mask is None, scale=scale, enable_gqa=grouped
+        )
+
+
+Layer = Scatterbrain | Exact
+
+
+class PerHead(nn.Module):
+    """One layer a group of heads; `heads[i]` are the query heads that `layers[i]` computes.
+
+    Raises:
+        SbpatchError: the groups are not a partition of the site's heads.
+    """
+
+    method = "per-head"
+    order: Tensor
+
+    def __init__(self, site: Geometry, heads: Sequence[Sequence[int]], layers: Sequence[Layer]) -> None:
+        super().__init__()
+        flat = [head for group in heads for head in group]
+        if sorted(flat) != list(range(site.heads)):
+            raise SbpatchError(f"groups {[list(group) for group in heads]} are not the {site.heads} heads, each once")
+        self.site, self.heads = site, [list(group) for group in heads]
+        self.layers = nn.ModuleList(layers)
+        for i, group in enumerate(self.heads):
+            self.register_buffer(f"heads_{i}", torch.tensor(group), persistent=False)
+        self.register_buffer("order", torch.tensor(flat).argsort(), persistent=False)
+        self.nnz = self._mean("nnz")
+        self.stored = self._mean("stored")
+
+    def _mean(self, name: str) -> float:
+        pairs = zip(self.heads, self.layers, strict=True)
+        return sum(len(group) * float(getattr(layer, name)) for group, layer in pairs) / self.site.heads
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None, scale: float | None = None
+    ) -> Tensor:
+        """As `Scatterbrain`: q (B, H, n, d), k and v of H or fewer heads, key_mask (B, n) bool -> (B, H, n, e)."""
+        size = q.shape[1] // k.shape[1]  # query heads that share a key head
+        found = []
+        for i, layer in enumerate(self.layers):
+            index = self.get_buffer(f"heads_{i}")
+            shared = index // size
+            found.append(layer(q[:, index], k[:, shared], v[:, shared], key_mask=key_mask, scale=scale))
+        return torch.cat(found, 1)[:, self.order]

@@ -1,0 +1,116 @@
+"""Attention written out as matrix products, recognised on the way: softmax(Q K^T scale) V without an n x n tensor.
+
+In place of a product Q K^T a module gets a `Product`, which nobody has multiplied. Scaling, softmax and inactive dropout leave
+it one; multiplied by V it is an attention call. Anything else that is done with it multiplies it out and goes on with the
+tensor, so a module with a bias or a mixing of heads computes what it always did.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+MATMULS = {torch.matmul, Tensor.matmul, Tensor.__matmul__, operator.matmul}
+SOFTMAXES = {torch.softmax, Tensor.softmax, F.softmax, torch.special.softmax}
+Attend = Callable[[Tensor, Tensor, Tensor, float], Tensor]  # q, k, v and scale -> output
+
+
+@dataclass(eq=False)
+class Product:
+    """softmax(Q K^T scale) or, before its softmax, Q K^T scale; query and key (B, H, n, d)."""
+
+    attend: Attend
+    query: Tensor
+    key: Tensor
+    scale: float = 1.0
+    weights: bool = False  # after the softmax
+
+    def tensor(self) -> Tensor:
+        product = torch.bmm(self.query.flatten(0, 1), self.key.mT.flatten(0, 1))  # a matmul would make the next Product
+        logits = product.unflatten(0, self.query.shape[:2]) * self.scale
+        return logits.softmax(-1) if self.weights else logits
+
+    def __mul__(self, factor: Any) -> Any:
+        if self.weights or not isinstance(factor, (int, float)):
+            return self.tensor() * factor
+        return replace(self, scale=self.scale * factor)
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, divisor: Any) -> Any:
+        return self * (1 / divisor) if isinstance(divisor, (int, float)) else self.tensor() / divisor
+
+    def matmul(self, other: Tensor) -> Tensor:
+        if self.weights and other.ndim == 4:
+            return self.attend(self.query, self.key, other, self.scale)
+        return self.tensor() @ other
+
+    __matmul__ = matmul
+
+    def softmax(self, dim: int | None = None, dtype: torch.dtype | None = None, **_: Any) -> Any:
+        if self.weights or dim not in (-1, 3) or dtype is not None:
+            return torch.softmax(self.tensor(), dim if dim is not None else -1, dtype=dtype)
+        return replace(self, weights=True)
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*map(_whole, args), **{name: _whole(value) for name, value in (kwargs or {}).items()})
+
+    def __getattr__(self, name: str) -> Any:  # shape, view, transpose, masked_fill, ...
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self.tensor(), name)
+
+
+def _multiplied_out(function: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda self, *others: function(self.tensor(), *others)
+
+
+for _name in ("add", "sub", "neg", "getitem", "gt", "lt"):
+    setattr(Product, f"__{_name}__", _multiplied_out(getattr(operator, _name)))
+
+
+def product(attend: Attend, func: Any, args: Any, kwargs: Any) -> Any:
+    """What `func` gives where it makes or continues a `Product`; NotImplemented where it has nothing to do with one."""
+    if func in MATMULS and len(args) == 2 and isinstance(args[0], Tensor) and isinstance(args[1], Tensor):
+        first, second = args
+        if (
+            first.ndim == second.ndim == 4
+            and first.shape[-2] == second.shape[-1]
+            and first.shape[:2] == second.shape[:2]
+        ):
+            return Product(attend, first, second.mT)
+        return NotImplemented
+    given = (*args, *kwargs.values(), *(args[0] if args and isinstance(args[0], (list, tuple)) else ()))
+    if not any(isinstance(x, Product) for x in given):
+        return NotImplemented
+    if func in MATMULS and torch.compiler.is_compiling() and args and isinstance(args[0], Tensor) and args[1].weights:
+        args = args[::-1]  # torch.compile hands `x @ V`, where x is no tensor, over as matmul(V, x)
+    first = args[0] if args else None
+    if isinstance(first, Product):
+        if func in MATMULS:
+            return first.matmul(args[1])
+        if func in SOFTMAXES:
+            options = {name: value for name, value in kwargs.items() if name in ("dim", "dtype")}
+            return first.softmax(*args[1:2], **options)
+        if func is F.dropout and not (
+            _argument(args, kwargs, 1, "p", 0.5) and _argument(args, kwargs, 2, "training", True)
+        ):
+            return first
+    return Product.__torch_function__(func, (), args, kwargs)
+
+
+def _whole(x: Any) -> Any:
+    if isinstance(x, (list, tuple)):
+        return [_whole(y) for y in x]
+    return x.tensor() if isinstance(x, Product) else x
+
+
+def _argument(args: Any, kwargs: Any, place: int, name: str, default: Any) -> Any:
+    return args[place] if len(args) > place else kwargs.get(name, default)

@@ -1,0 +1,93 @@
+"""How much the model's answer depends on each number that a site puts out: the weights that turn local errors into damage.
+
+A small change D of a site's output O moves the answer by J D. Averaged over random directions of the answer with gradient g,
+E (g . D)^2 is its squared length, and for g = d log p(y) / dO with y drawn from the model itself it is twice the
+Kullback-Leibler divergence that the change causes (the Fisher information, to second order). One backward pass gives g for
+all sites; errors of different tokens are taken as independent, so damage = sum over tokens of (g_t . D_t)^2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from .answers import embedding
+from .calls import Call
+from .inputs import Inputs, run
+from .models import Answer
+from .sites import swapped
+
+
+def answer_gradients(
+    model: nn.Module, names: Sequence[str], inputs: Inputs, answer: Answer, seed: int
+) -> dict[str, Tensor]:
+    """Gradient of one random direction of the answer at the output of each named site: {name: (B, H, n, d)}, float32.
+
+    Logits over a vocabulary: log p of a token drawn from the model's own distribution, summed over positions. Class logits
+    and features: a Gaussian direction, so that confident answers count as much as doubtful ones.
+    """
+    outputs: dict[str, Tensor] = {}
+
+    def recorder(name: str) -> object:
+        def record(call: Call) -> Tensor:
+            output = call.exact()
+            if not output.requires_grad:  # the first site: nothing before it asks for gradients
+                output = output.detach().requires_grad_()
+            outputs[name] = output
+            return output
+
+        return record
+
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        _frozen(model),
+        swapped(model, {name: recorder(name) for name in names}),  # type: ignore[misc]
+    ):
+        scalar = _direction(run(model, inputs), inputs, answer, seed)
+        reached = [name for name in names if name in outputs]
+        found = torch.autograd.grad(scalar, [outputs[name] for name in reached], allow_unused=True)
+    return {
+        name: torch.zeros_like(outputs[name], dtype=torch.float32) if g is None else g.float()
+        for name, g in zip(reached, found, strict=True)
+    }
+
+
+def damage(output: Tensor, exact: Tensor, gradient: Tensor) -> Tensor:
+    """Sum over tokens of (g_t . (O'_t - O_t))^2 per sample and head: three times (B, H, n, d) -> (B, H)."""
+    return ((output - exact).float() * gradient).sum(-1).square().sum(-1)
+
+
+def _direction(answers: Tensor, inputs: Inputs, answer: Answer, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    if answer in ("next-token", "tokens"):
+        logits = answers.flatten(0, 1)  # (B * n, vocabulary)
+        if not isinstance(inputs, Tensor) and "attention_mask" in inputs:
+            logits = logits[inputs["attention_mask"].flatten().bool()]
+        with torch.no_grad():  # a token of each position by the inverse of its distribution function
+            uniform = torch.rand(len(logits), generator=generator).to(logits.device)
+            rows = zip(logits.split(256), uniform.split(256), strict=True)
+            drawn = torch.cat(
+                [torch.searchsorted(x.float().softmax(-1).cumsum(-1), u[:, None] * 0.999999)[:, 0] for x, u in rows]
+            )
+        return -nn.functional.cross_entropy(logits.float(), drawn, reduction="sum")
+    values = (
+        embedding(answers, inputs) if answer == "features" else answers.float() - answers.float().mean(-1, keepdim=True)
+    )
+    return (values * torch.randn(values.shape, generator=generator, dtype=values.dtype).to(values.device)).sum()
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """No gradients for the weights, which would cost the memory of all activations before the first site."""
+    wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in wanted:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in wanted:
+            parameter.requires_grad_(True)

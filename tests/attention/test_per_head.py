@@ -1,0 +1,98 @@
+"""Heads in groups: each group's layer sees its own heads, and shared key heads are the right ones."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny import refused
+
+from sbpatch.attention import Geometry, Scatterbrain
+from sbpatch.attention.per_head import Exact, PerHead
+from sbpatch.attention.reference import exact_matrix, scatterbrain_matrix
+
+N, WIDTH = 70, 8
+
+
+def layers(site: Geometry, groups: list[list[int]]) -> PerHead:
+    """Exact, a window and a window with clusters, in turn."""
+    kinds = [
+        lambda g: Exact(g),
+        lambda g: Scatterbrain("window", g, 0, window=9),
+        lambda g: Scatterbrain("window+clusters", g, 0, window=64, rank=6),
+    ]
+    return PerHead(site, groups, [kinds[i % 3](replace(site, heads=len(group))) for i, group in enumerate(groups)])
+
+
+@given(
+    order=st.permutations(range(6)),
+    cuts=st.sets(st.integers(1, 5), max_size=3),
+    causal=st.booleans(),
+    shared=st.sampled_from([1, 2, 3]),
+    padded=st.booleans(),
+)
+def test_each_head_is_what_its_layer_makes_of_it(order, cuts, causal, shared, padded):
+    edges = [0, *sorted(cuts), 6]
+    groups = [list(order[a:b]) for a, b in itertools.pairwise(edges)]
+    layer = layers(Geometry(N, 6, WIDTH, causal), groups)
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(2, 6, N, WIDTH, generator=generator)
+    k, v = torch.randn(2, 2, 6 // shared, N, WIDTH, generator=generator)
+    mask = torch.arange(N) < torch.tensor([[N], [50]]) if padded else None
+    found = layer(q, k, v, key_mask=mask, scale=0.4)
+    k, v = (x.repeat_interleave(shared, 1) for x in (k, v))
+    for group, part in zip(groups, layer.layers, strict=True):
+        alone = part(q[:, group], k[:, group], v[:, group], key_mask=mask, scale=0.4)
+        torch.testing.assert_close(found[:, group], alone)
+    assert layer.stored == pytest.approx(sum(len(g) * p.stored for g, p in zip(groups, layer.layers, strict=True)) / 6)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("padded", [False, True])
+def test_exact_is_softmax_attention(causal, padded):
+    q, k, v = torch.randn(3, 2, 3, N, WIDTH)
+    mask = torch.arange(N) < torch.tensor([[N], [50]])
+    found = Exact(Geometry(N, 3, WIDTH, causal))(q, k, v, key_mask=mask if padded else None, scale=0.4)
+    logits = q.double() @ k.double().mT * 0.4
+    if causal:
+        logits = logits.masked_fill(~torch.ones(N, N).tril().bool(), -torch.inf)
+    if padded:
+        logits = logits.masked_fill(~mask[:, None, None, :], -torch.inf)
+    torch.testing.assert_close(found.double(), logits.softmax(-1) @ v.double(), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("groups", [[[0, 1]], [[0, 1], [1, 2]], [[0, 1, 2, 3]], [[]]])
+def test_groups_that_are_no_partition(groups):
+    assert "not the 3 heads" in refused(layers, Geometry(N, 3, WIDTH), groups)
+
+
+@pytest.mark.parametrize("method", ["clusters", "window", "window+clusters", "lsh+clusters"])
+@pytest.mark.parametrize("causal", [False, True])
+def test_grouped_queries_share_their_keys(method, causal):
+    """k and v with a third of q's heads give what repeated ones give; the dense definition agrees."""
+    if causal and method in ("clusters", "lsh+clusters"):
+        pytest.skip("causal clusters need a window")
+    sizes = {"window": 64, "rank": 6, "bucket": 9, "rounds": 2}
+    takes = {"clusters": ["rank"], "window": ["window"], "lsh": ["bucket", "rounds"]}
+    names = [name for part in method.split("+") for name in takes[part]]
+    layer = Scatterbrain(method, Geometry(N, 6, WIDTH, causal), 0, **{name: sizes[name] for name in names})
+    q, (k, v) = torch.randn(2, 6, N, WIDTH), torch.randn(2, 2, 2, N, WIDTH)
+    repeated = [x.repeat_interleave(3, 1) for x in (k, v)]
+    torch.testing.assert_close(layer(q, k, v), layer(q, *repeated))
+    if not causal:
+        dense = scatterbrain_matrix(layer, q, repeated[0], WIDTH**-0.5) @ repeated[1].double()
+        torch.testing.assert_close(layer(q, k, v).double(), dense, atol=1e-4, rtol=1e-3)
+
+
+def test_what_a_causal_row_stores_on_average():
+    """Counted in the dense matrices: columns that a row reads exactly, and clusters that have begun before it."""
+    site = Geometry(200, 1, WIDTH, causal=True)
+    assert site.row_keys == float((exact_matrix(*torch.randn(2, 1, 1, 200, 4), 1.0).tril() > 0).sum()) / 200
+    layer = Scatterbrain("window+clusters", site, 0, window=64, rank=10)
+    begun = sum(-(-10 * (row // 64) // 4) for row in range(200)) / 200  # 10 clusters over 4 chunks: 3, 5, 8, 10 so far
+    assert layer.low_rank.stored == pytest.approx(1 + begun)
+    assert layer.nnz == pytest.approx(sum(min(row + 1, 64) for row in range(200)) / 200)

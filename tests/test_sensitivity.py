@@ -1,0 +1,102 @@
+"""Gradients of the answer against autograd by hand, and damage against what a small change really does."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny import t2t
+from torch import Tensor, nn
+
+from sbpatch.calls import Call
+from sbpatch.sensitivity import answer_gradients, damage
+from sbpatch.sites import find_sites, swapped
+
+IMAGES = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(3))
+
+
+class Values(nn.Module):
+    """Attention over one token puts out its value."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.scaled_dot_product_attention(x, x, x)
+
+
+class OneToken(nn.Module):
+    """(B, 8) -> logits (B, 1, 6) of a vocabulary, or (B, 6) of classes."""
+
+    def __init__(self, classes: bool) -> None:
+        super().__init__()
+        self.classes, self.inner, self.head = classes, Values(), nn.Linear(8, 6)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        logits = self.head(self.inner(input_ids.float().view(-1, 1, 1, 8)).flatten(1))
+        return logits if self.classes else logits[:, None]
+
+
+def changed(model: nn.Module, inputs: Tensor, change: Tensor) -> tuple[Tensor, Tensor]:
+    """Answers without and with a change of the site's output."""
+    with torch.inference_mode():
+        before = model(inputs)
+        with swapped(model, {"inner": lambda call: call.exact() + change}):
+            return before, model(inputs)
+
+
+def test_a_classifier_s_damage_is_the_squared_change_of_its_logits_on_average():
+    model = OneToken(classes=True)
+    x, change = torch.randn(1, 8), torch.randn(1, 1, 1, 8)
+    before, after = changed(model, x, change)
+    moved = (after - before) - (after - before).mean(-1, keepdim=True)
+    draws = [
+        damage(change, torch.zeros_like(change), answer_gradients(model, ["inner"], x, "classes", seed)["inner"])
+        for seed in range(2000)
+    ]
+    assert float(torch.stack(draws).mean()) == pytest.approx(float(moved.square().sum()), rel=0.12)
+
+
+def test_a_language_model_s_damage_is_twice_the_divergence_of_a_small_change():
+    model, change = OneToken(classes=False), 0.05 * torch.randn(1, 1, 1, 8)
+    x = torch.randn(1, 8)
+    before, after = changed(model, x, change)
+    log_p, log_q = before.log_softmax(-1), after.log_softmax(-1)
+    divergence = float((log_p.exp() * (log_p - log_q)).sum())
+    draws = [
+        damage(
+            change,
+            torch.zeros_like(change),
+            answer_gradients(model, ["inner"], {"input_ids": x}, "next-token", s)["inner"],
+        )
+        for s in range(2000)
+    ]
+    assert 0.5 * float(torch.stack(draws).mean()) == pytest.approx(divergence, rel=0.12)
+
+
+def test_gradients_of_all_sites_at_once():
+    """Against a finite difference: the answer moves along the drawn direction by g . D."""
+    model = t2t()
+    names = [site.name for site in find_sites(model, IMAGES[:1])]
+    found = answer_gradients(model, names, IMAGES, "classes", 7)
+    direction = torch.randn(2, 5, generator=torch.Generator().manual_seed(7))
+    with torch.inference_mode():
+        before = model(IMAGES)
+        for name in names:
+            change = 1e-3 * torch.randn(found[name].shape)
+
+            def moved(call: Call, change: Tensor = change) -> Tensor:
+                return call.exact() + change
+
+            with swapped(model, {name: moved}):
+                after = model(IMAGES)
+            logits = (after - before) - (after - before).mean(-1, keepdim=True)
+            expected = float((logits * direction).sum())
+            assert float((found[name] * change).sum()) == pytest.approx(expected, rel=0.05, abs=2e-4)
+
+
+def test_weights_keep_their_flags_and_get_no_gradients():
+    model = t2t()
+    model.head.weight.requires_grad_(False)
+    flags = {name: p.requires_grad for name, p in model.named_parameters()}
+    with torch.inference_mode():  # calibration runs in it
+        answer_gradients(model, ["blocks.0.attn"], IMAGES, "features", 0)
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == flags
+    assert all(p.grad is None for p in model.parameters())
+    assert not any(hasattr(m, "sbpatch") for m in model.modules())
