@@ -3,7 +3,8 @@
 1. Errors of the best sparse, best low-rank and robust-PCA approximations of every head at equal parameters, against the
    head's entropy, with correlations (arXiv 2110.15343, Figure 1 and Table 3).
 2. Error and time of Scatterbrain layers against robust PCA (Figure 5, left).
-3. Squared error of single entries against q.k: low-rank alone, sparse alone, both (Figure 4).
+3. Squared error of single entries against q.k: low-rank alone, sparse alone, both (Figure 4); how far random features are
+   off, and the lengths of q and k that make them so.
 4. Process 1, the paper's generative model of attention, swept over its inverse temperature (Theorem 1).
 """
 
@@ -27,7 +28,7 @@ from .analyze_plots import table as table  # the figures for the terminal
 from .attention import Geometry
 from .attention.reference import exact_matrix
 from .attention.robust_pca import robust_pca
-from .entries import ENTRY_SAMPLES, Case, process_case, single_entries, sized_layer
+from .entries import ENTRY_SAMPLES, Case, feature_estimates, process_case, single_entries, sized_layer
 from .errors import SbpatchError
 from .measure import elapsed_ms
 from .models import Checkpoint
@@ -76,6 +77,7 @@ def analyze(
         "samples": samples, "heads": len(heads), "matrices": len(points), "share": SHARE, "splits": list(SPLITS),
         "subsampled": {s.name: [s.geometry.tokens, TOKENS] for s in sites if s.geometry.tokens > TOKENS},
     }  # fmt: skip
+    cases = list(_cases(heads, calls, seed).items())
     return {
         "model": loaded.name,
         "seed": seed,
@@ -85,10 +87,8 @@ def analyze(
         "points": points,
         "correlations": {"matrices": correlations(points), "heads": correlations(_head_means(points))},
         "scatterbrain": against_robust_pca(points),
-        "entries": [
-            single_entries(name, cases, seed)
-            for name, cases in progress(list(_cases(heads, calls, seed).items()), "single entries")
-        ],
+        "entries": [single_entries(name, own, seed) for name, own in progress(cases, "single entries")],
+        "features": [feature_estimates(name, own, seed) for name, own in progress(cases, "random features")],
         "process": process_sweep(seed, progress=progress),
     }
 

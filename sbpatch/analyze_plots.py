@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -175,6 +176,14 @@ def table(result: dict[str, Any]) -> RenderableType:
             method, f"{s['error']:.3f}", f"{s['median_error_ratio']:.3g}x", f"{s['within_20_percent']:.0%}",
             f"{s['ms']:.2f}", f"{s['robust_pca_ms']:.0f}", _times(s["median_time_ratio"]),
         )  # fmt: skip
+    features = simple_table(
+        "FAVOR+ on single entries, weighted by attention", site="left", m="right", ln_m="right", q_norm2="right",
+        k_norm2="right", sum_norm2="right", ln_ratio="right", spread="right",
+    )  # fmt: skip
+    for row in result["features"]:
+        shown = ("query_norm2", "key_norm2", "sum_norm2", "log_ratio", "log_spread")
+        rank = (str(row["rank"]), f"{math.log(row['rank']):.2f}")
+        features.add_row(row["site"], *rank, *(f"{row[key]:.2f}" for key in shown))
     regimes = simple_table(
         f"Process 1: what suffices for an error of {process['epsilon']:g}", beta="right", per_ln_n="right",
         sparse="right", low_rank="right", both="right", regime="left",
@@ -185,11 +194,12 @@ def table(result: dict[str, Any]) -> RenderableType:
     note = (
         f"{settings['matrices']} matrices: {settings['heads']} heads, {settings['samples']} samples. Entropy: over ln n · "
         "errors: relative Frobenius norm of the matrix · its: robust PCA's · samples of one head are alike, so p over heads "
-        "is the honest one"
+        "is the honest one · norm2: |q|^2, |k|^2, |q + k|^2 · ln ratio: ln(estimate / exp(q.k)), which needs |q + k|^2 "
+        "of about ln m or less to be near 0 · spread: of ln ratio over draws"
     )
     if settings["subsampled"]:
         note += f" · {', '.join(f'{k}: {a} tokens read at {b}' for k, (a, b) in settings['subsampled'].items())}"
-    return Group(errors, found, layers, regimes, Text(note, style="dim"))
+    return Group(errors, found, layers, features, regimes, Text(note, style="dim"))
 
 
 def _coefficient(row: Mapping[str, Any], name: str) -> str:

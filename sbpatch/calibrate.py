@@ -5,7 +5,8 @@
 2. Per head, over a grid of methods, splits and budgets: the output error, and the damage that error does to the model's
    answer (see sensitivity), on the inputs that the exact model gives the site.
 3. One budget for all heads of all sites: a choice on each head's curve of damage against cost (see allocate).
-4. The whole model with that choice: on samples that no choice has seen, where there are any.
+4. The few numbers of the chosen layers that are learned (see refine).
+5. The whole model with that choice: on samples that no choice has seen, where there are any.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from .models import Answer
 from .plan import Budget, Decision, Plan, SitePlan, drawn_tensors
 from .progress import Progress, no_progress
 from .recipe import SiteSetting, check_patterns
+from .refine import LEARNED, REFINED, learn
 from .sensitivity import answer_gradients
 from .sites import Site, find_sites, swapped
 
@@ -67,6 +69,7 @@ def calibrate(
     exclude: Sequence[str] = (),
     min_tokens: int = MIN_TOKENS,
     fixed: Mapping[str, SiteSetting] = MappingProxyType({}),
+    refine: bool = False,
     name: str = "",
     journal: Journal | None = None,
     progress: Progress[Any] = no_progress,
@@ -89,6 +92,7 @@ def calibrate(
         include, exclude: shell patterns over site names; a site must match one of `include`, where given.
         min_tokens: sites with fewer tokens stay exact.
         fixed: settings by shell pattern over site names, taken as they are instead of a search.
+        refine: take more time to learn what is learned of the chosen layers (see refine).
         journal: keeps what was measured, so that a calibration that was cut off goes on where it was.
 
     Raises:
@@ -137,6 +141,7 @@ def calibrate(
             f"nothing to patch: with {plan.budget.requested:g} of the entries every one of {len(plan.sites)} sites is best "
             "left exact; lower --budget, or allow a larger --max-drop"
         )
+    plan = learn(model, plan, screen, answer, REFINED if refine else LEARNED, progress)
     check_plan(plan, check)
     return plan
 

@@ -118,6 +118,9 @@ def calibrate_command(
     exclude: Annotated[
         list[str] | None, typer.Option("--exclude", help="leave matching sites exact, repeatable")
     ] = None,
+    refine: Annotated[
+        bool, typer.Option("--refine", help="learn more of the patch by matching each site's output, some minutes")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="show the plan, write nothing")] = False,
     input_size: InputSize = None,
     length: Length = None,
@@ -159,6 +162,7 @@ def calibrate_command(
             answer=loaded.answer,
             **options,
             fixed=settings.sites,
+            refine=refine,
             name=loaded.name,
             journal=journal,
             progress=progress_bars(quiet),

@@ -1,4 +1,8 @@
-"""Squared errors of single attention entries against their logit q.k, by method (arXiv 2110.15343, Figure 4)."""
+"""Single attention entries: their squared error against q.k by method (arXiv 2110.15343, Figure 4), and why FAVOR+ errs.
+
+One random feature estimates exp(q.k) with the variance exp(2 q.k) (exp(|q + k|^2) - 1), the mean of m with an m-th of it
+(arXiv 2009.14794, Lemma 2): where |q + k|^2 is far above ln m, nearly every draw falls short and a rare one is huge.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +14,14 @@ import torch
 from torch import Tensor
 
 from .attention import PARTS, Geometry, Scatterbrain, parse_method
+from .attention.favor import Favor
 from .errors import SbpatchError
 from .oracles import PROCESS, SHARE, process_queries, rank_for
 
 ENTRY_METHODS = ("favor", "lsh", "window", "lsh+favor", "window+favor")
 ENTRY_SEEDS, ENTRY_SAMPLES, ENTRY_BINS = 4, 2, 16
 ENTRY_BETA = 1.0  # of Process 1 there
+FEATURE_DRAWS = 8
 Case = tuple[Tensor, Tensor, Geometry]  # q, k (1, 1, n, d) with logits q.k
 
 
@@ -68,6 +74,40 @@ def single_entries(name: str, cases: Sequence[Case], seed: int) -> dict[str, Any
                 wrong += gap.square() / ENTRY_SEEDS
             found[method] = torch.cat((found[method], wrong[allowed].cpu()))
     return {"site": name, "tokens": cases[0][2].tokens, **binned(torch.cat(exact), found)}
+
+
+def feature_estimates(name: str, cases: Sequence[Case], seed: int) -> dict[str, Any]:
+    """How long q and k are, and how FAVOR+ estimates exp(q.k) over draws: means over heads, samples and queries.
+
+    `sum_norm2` is |q + k|^2, `log_ratio` ln(estimate / exp(q.k)) of one draw, `log_spread` its standard deviation over
+    draws, all three weighted by the exact attention, that is where the entries that matter are; `sum_norm2_median` is of
+    all pairs alike.
+    """
+    sums: dict[str, float] = {}
+    rank = rank_for(cases[0][2].tokens, cases[0][2].tokens, SHARE)
+    for q, k, geometry in cases:
+        logits = (q.double() @ k.double().mT)[0, 0]
+        hidden = (
+            torch.ones_like(logits, dtype=torch.bool).triu(1) if geometry.causal else torch.zeros_like(logits).bool()
+        )
+        p = logits.masked_fill(hidden, -torch.inf).softmax(-1)
+        q2, k2 = (x.double().square().sum(-1)[0, 0] for x in (q, k))
+        length = q2[:, None] + k2 + 2 * logits
+        estimates = []
+        for draw in range(FEATURE_DRAWS):
+            features = Favor(geometry, seed + 101 * draw, rank).to(q.device)
+            estimates.append(features.dense(q, k, None)[0, 0].clamp(min=1e-300).log())
+        log_ratio = torch.stack(estimates) - logits  # (draws, n, n)
+        found = {
+            "query_norm2": q2.mean(),
+            "key_norm2": k2.mean(),
+            "sum_norm2": (p * length).sum(-1).mean(),
+            "sum_norm2_median": length[~hidden].median(),
+            "log_ratio": (p * log_ratio.mean(0)).sum(-1).mean(),
+            "log_spread": (p * log_ratio.std(0)).sum(-1).mean(),
+        }
+        sums = {key: sums.get(key, 0.0) + float(value) for key, value in found.items()}
+    return {"site": name, "rank": rank, **{key: total / len(cases) for key, total in sums.items()}}
 
 
 def binned(x: Tensor, columns: Mapping[str, Tensor], bins: int = ENTRY_BINS) -> dict[str, Any]:

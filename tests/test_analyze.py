@@ -9,13 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_text
 import torch
 from PIL import Image
 from rich.console import Console
 from tiny import checkpoint_of, refused, t2t
 
-from sbpatch import analyze, entries, oracles
+from sbpatch import analyze, entries, oracles, studies
+from sbpatch.attention import Geometry
 from sbpatch.attention.robust_pca import robust_pca
+from sbpatch.models import Checkpoint
 
 PICTURES = ["entries.png", "entropy.png", "process.png", "robust-pca.png"]
 
@@ -163,6 +166,20 @@ def test_both_parts_are_best_by_entry_where_the_paper_says_so(result):
     assert mse["window+favor"][large] == 0 < mse["favor"][large]  # its clusters lie side by side
 
 
+def test_estimates_of_features_follow_the_length_of_q_plus_k(result):
+    """Short vectors: the mean of m features is within its variance of the truth. Long ones: nearly every draw falls short."""
+    assert [row["site"] for row in result["features"]] == [entry["site"] for entry in result["entries"]]
+    q = torch.nn.functional.normalize(torch.randn(1, 1, 64, 8, generator=torch.Generator().manual_seed(1)), dim=-1)
+    geometry = Geometry(64, 1, 8)
+    short, long = (entries.feature_estimates("", [(q * length, q * length, geometry)], seed=0) for length in (0.2, 3.0))
+    assert short["query_norm2"] == pytest.approx(0.04)
+    assert short["sum_norm2"] == pytest.approx(0.08, abs=0.02)
+    assert abs(short["log_ratio"]) < 0.1
+    assert short["log_spread"] < 2 * math.sqrt(math.expm1(short["sum_norm2"]) / short["rank"])  # Lemma 2
+    assert long["sum_norm2"] > 30  # by its attention each query reads itself, |2q|^2 = 36
+    assert long["log_ratio"] < -3
+
+
 def test_same_seed_same_result(tmp_path, result, monkeypatch):
     monkeypatch.setattr(analyze, "TOKENS", 128)
     monkeypatch.setattr(oracles, "BETAS", 5)
@@ -173,6 +190,28 @@ def test_same_seed_same_result(tmp_path, result, monkeypatch):
 
 def test_nothing_to_analyze(tmp_path):
     assert "no samples" in refused(analyze.analyze, checkpoint_of(t2t(), tmp_path), [])
+
+
+def test_encoders_are_read_on_full_stretches_of_text(tmp_path):
+    text = tmp_path / "prose.txt"
+    text.write_text(tiny_text.prose())
+    loaded = Checkpoint(
+        "tiny", tiny_text.bert(), "transformers", {}, tiny_text.preprocessing(64), sha256="", answer="features"
+    )
+    found = studies._unpadded_set(loaded, str(text), 3, 0, None)
+    samples = [found[i][0] for i in range(3)]
+    assert len({tuple(x["input_ids"].tolist()) for x in samples}) == 3
+    assert all(x["attention_mask"].sum() == 64 for x in samples)
+    assert all((x["input_ids"] >= len(tiny_text.SPECIAL)).all() for x in samples)  # words, no padding, no headings
+    other = studies._unpadded_set(loaded, str(text), 3, 1, None)
+    assert any((other[i][0]["input_ids"] != x["input_ids"]).any() for i, x in enumerate(samples))
+    assert "ask for fewer" in refused(studies._unpadded_set, loaded, str(text), 12, 0, None)
+    batches = [{name: torch.stack([x[name] for x in samples]) for name in samples[0]}]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(oracles, "BETAS", 2)
+        result = analyze.analyze(loaded, batches, seed=0)
+    assert {point["tokens"] for point in result["points"]} == {64}
+    assert len(result["points"]) == 3 * 2 * 2  # samples, layers, heads
 
 
 # ---- files
@@ -194,7 +233,14 @@ def test_files_and_tables(result, tmp_path):
     console = Console(width=140, record=True, file=io.StringIO())
     console.print(analyze.table(result))
     text = console.export_text()
-    for said in ("correlations", "robust PCA", "Process 1", "lsh+favor", "256 tokens read at 128"):
+    for said in (
+        "correlations",
+        "robust PCA",
+        "Process 1",
+        "lsh+favor",
+        "256 tokens read at 128",
+        "FAVOR+ on single entries",
+    ):
         assert said in text
 
 

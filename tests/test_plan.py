@@ -17,7 +17,7 @@ from tiny import PARAMETERS, checkpoint_of, plan_for, refused, t2t, vit
 from sbpatch import artifact
 from sbpatch.errors import SbpatchError
 from sbpatch.patch import TENSORS_FILE, load, patch, read_plan, unpatch
-from sbpatch.plan import PLAN_FILE, Budget, Plan, SitePlan, drawn_tensors
+from sbpatch.plan import PLAN_FILE, Budget, Plan, SitePlan
 from sbpatch.sites import find_sites
 
 IMAGES = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(7))
@@ -135,7 +135,7 @@ def test_same_seed_same_bits(method):
         return [t for layer in plan_for(t2t(), method, seed=seed).layers().values() for t in layer.buffers()]
 
     assert all(torch.equal(a, b) for a, b in zip(bits(3), bits(3), strict=True))
-    if any(t.any() for t in drawn_tensors(plan_for(t2t(), method).sites[0].layer()).values()):  # gains begin as zeros
+    if "favor" in method or "lsh" in method:
         assert not all(torch.equal(a, b) for a, b in zip(bits(3), bits(4), strict=True))
 
 

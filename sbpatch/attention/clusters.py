@@ -30,11 +30,14 @@ class Clusters(nn.Module):
     kind: ClassVar[Literal["low-rank"]] = "low-rank"
     CAUSAL_CHUNK = 64
 
+    sharpness: Tensor  # (H,) factor of q.c, learned at calibration: means lie nearer to the origin than their keys
+
     def __init__(self, site: Geometry, seed: int, rank: int, steps: int = 2) -> None:
         super().__init__()
         if rank < 1 or steps < 0:
             raise SbpatchError(f"clusters need a rank of at least 1 and steps of at least 0, not {rank} and {steps}")
         self.rank, self.steps, self.causal = rank, steps, site.causal
+        self.register_buffer("sharpness", torch.ones(site.heads), persistent=False)
         chunks = -(-site.tokens // self.CAUSAL_CHUNK)
         begun = [self._begun(row // self.CAUSAL_CHUNK, chunks) for row in range(site.tokens)]
         self.stored = 1.0 + (sum(begun) / site.tokens if site.causal else rank)
@@ -64,15 +67,20 @@ class Clusters(nn.Module):
         q, k, v are read where they lie: no scaled copies, so that the peak stays below that of exact fused attention.
         """
         _, count, mean_k, mean_v = self._clusters(k, v, key_mask)
-        rows = (
-            q.unflatten(1, (k.shape[1], -1)).flatten(2, 3) if q.shape[1] > k.shape[1] else q
-        )  # (B, H_k, group * n, d)
+        if q.shape[1] > k.shape[1]:
+            rows = (q * self._sharp(q)).unflatten(1, (k.shape[1], -1)).flatten(2, 3)  # (B, H_k, group * n, d)
+        else:
+            rows, mean_k = q, mean_k * self._sharp(mean_k)
         bias = count.log().mT.to(q.dtype).expand(-1, -1, rows.shape[-2], -1)  # empty: -inf
         out = F.scaled_dot_product_attention(rows, mean_k.to(q.dtype), mean_v.to(q.dtype), attn_mask=bias, scale=scale)
         return out.reshape(*q.shape[:-1], v.shape[-1])
 
+    def _sharp(self, x: Tensor) -> Tensor:
+        """The factors, (H, 1, 1) in x's dtype."""
+        return self.sharpness[:, None, None].to(x.dtype)
+
     def summarise(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Summary:
-        q, k, v = q.float(), k.float(), v.float()
+        q, k, v = q.float() * self._sharp(q.float()), k.float(), v.float()
         if self.causal:
             return self._summarise_causal(q, k, v, key_mask)
         own, count, mean_k, mean_v = self._clusters(k, v, key_mask)
@@ -140,12 +148,13 @@ class Clusters(nn.Module):
         return Summary(torch.cat(shifts, 2), torch.cat(numerators, 2), torch.cat(denominators, 2), entries)
 
     def dense(self, q: Tensor, k: Tensor, key_mask: Tensor | None) -> Tensor:
+        q = q.double() * self._sharp(q.double())
         if self.causal:
-            return self._dense_causal(q.double(), k.double(), key_mask)
+            return self._dense_causal(q, k.double(), key_mask)
         member = F.one_hot(self._clusters(k, k, key_mask)[0], self.rank).double()  # (B, H, n, m)
         real = member if key_mask is None else member * key_mask[:, None, :, None]
         mean = real.mT @ k.double() / real.sum(-2).clamp(min=1)[..., None]
-        return (q.double() @ (member @ mean).mT).exp()
+        return (q @ (member @ mean).mT).exp()
 
     def _dense_causal(self, q: Tensor, k: Tensor, key_mask: Tensor | None) -> Tensor:
         """One key after the other, as the definition reads; slow on purpose."""

@@ -74,10 +74,10 @@ class Pooling(Clusters):
         return Summary(shift, weight @ (count * mean_v), weight @ count, entries)
 
     def dense(self, q: Tensor, k: Tensor, key_mask: Tensor | None) -> Tensor:
-        pool = self._pools(k.shape[-2], k.device)
+        q, pool = q.double() * self._sharp(q.double()), self._pools(k.shape[-2], k.device)
         together = (pool[:, None] == pool).double()  # (n, n)
         keep = torch.ones_like(k[:, :1, :, 0]) if key_mask is None else key_mask[:, None]
         share = together * keep[..., None, :]
         mean = share @ k.double() / share.sum(-1, keepdim=True).clamp(min=1)  # of each key's own pool
-        entries = (q.double() @ mean.mT).exp()
+        entries = (q @ mean.mT).exp()
         return entries * (pool < pool[:, None]) if self.causal else entries

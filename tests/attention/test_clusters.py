@@ -171,5 +171,7 @@ def test_padding_anywhere_changes_nothing(n, rank, steps, data):
     mask = torch.zeros(1, n, dtype=torch.bool)
     mask[0, real] = True
     padded = Scatterbrain("clusters", Geometry(n, 2, 8), 0, rank=rank, steps=steps)(q, k, v, mask)
-    alone = Scatterbrain("clusters", Geometry(len(real), 2, 8), 0, rank=rank, steps=steps)(*(x[:, :, real] for x in (q, k, v)))
+    alone = Scatterbrain("clusters", Geometry(len(real), 2, 8), 0, rank=rank, steps=steps)(
+        *(x[:, :, real] for x in (q, k, v))
+    )
     torch.testing.assert_close(padded[:, :, real], alone)
