@@ -18,6 +18,7 @@ from .report import BLUE, GREEN, GREY, ORANGE, simple_table
 
 KINDS = {"sparse_error": ("sparse", ORANGE), "low_rank_error": ("low-rank", BLUE)}
 BOTH = ("sparse + low-rank", GREEN)
+FLOOR = 1e-4  # least error of robust PCA on the plot: what is less is drawn there
 PANELS = 4  # of the plot of single entries: Process 1 and sites, evenly chosen; the JSON holds all
 Result = Mapping[str, Any]
 
@@ -73,11 +74,12 @@ def plot_robust_pca(result: Result, path: Path) -> None:
     )
     values = [p["robust_pca_error"] for p in points]
     values += [s["error"] for p in points for s in p["scatterbrain"].values()]
-    limits = (min(values) / 1.3, max(values) * 1.3)
+    limits = (max(min(values), FLOOR) / 1.3, max(values) * 1.3)
     for panel, (method, s) in zip(axes, summary.items(), strict=False):
         rows = [p for p in points if method in p["scatterbrain"]]
         y = [p["scatterbrain"][method]["error"] for p in rows]
-        panel.loglog(_column(rows, "robust_pca_error"), y, "o", color=GREEN, alpha=0.6, markersize=5)
+        x = [max(error, FLOOR) for error in _column(rows, "robust_pca_error")]
+        panel.loglog(x, y, "o", color=GREEN, alpha=0.6, markersize=5)
         panel.loglog(limits, limits, color="black", linewidth=1, label="equal")
         panel.loglog(limits, [1.2 * x for x in limits], color=GREY, linewidth=1, linestyle="--", label="20 % more")
         panel.set(xlim=limits, ylim=limits, xlabel="error of robust PCA", ylabel=f"error of {method}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -22,7 +23,7 @@ def patch(model: nn.Module, plan: Plan) -> nn.Module:
     Raises:
         SbpatchError: the plan was made for another model, or the model is patched already.
     """
-    first = next(model.parameters())
+    first = next(chain(model.parameters(), model.buffers()))  # every model has a tensor
     layers = {name: sites.PatchedSite(name, layer).to(first.device) for name, layer in plan.layers().items()}
     sites.swap(model, layers)
     return model
