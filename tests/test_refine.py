@@ -54,7 +54,7 @@ class Alike(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(0)
-        self.register_buffer("keys", torch.randn(12, 8, generator=generator).repeat(8, 1))
+        self.register_buffer("keys", torch.randn(12, 8, generator=generator).repeat_interleave(8, 0))
         self.register_buffer("values", torch.randn(96, 8, generator=generator))
 
     def forward(self, x: Tensor) -> Tensor:
