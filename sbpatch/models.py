@@ -35,6 +35,7 @@ from .weights import (
 )
 
 DEMO = "t2t-vit-demo"
+EMBEDDED = (DEMO, "t2t-vit-cifar10")  # trained by recipes/train_*.py, in assets/
 WEIGHTS_SUFFIXES = {".tar", ".pth", ".pt", ".bin", ".safetensors", ".gguf"}
 
 # What `inputs.run` gets from a model: logits of the image's class; of each next token (causal) or of each token; features.
@@ -96,10 +97,10 @@ def load_checkpoint(name: str, checkpoint: Path | None = None, input_size: int |
                 f"{release.width} and depth {release.depth}: give the file itself as MODEL"
             )
         return found
-    if checkpoint is not None and (name == DEMO or path.exists()):
+    if checkpoint is not None and (name in EMBEDDED or path.exists()):
         raise SbpatchError(f"{name} has its own weights: give {checkpoint} itself as MODEL, or an alias or a timm name")
-    if name == DEMO:
-        return _load_directory(name, Path(__file__).parent / "assets" / DEMO, input_size)
+    if name in EMBEDDED:
+        return _load_directory(name, Path(__file__).parent / "assets" / name, input_size)
     if path.is_dir():
         return _load_directory(name, path, input_size)
     if path.is_file():
@@ -113,8 +114,8 @@ def load_checkpoint(name: str, checkpoint: Path | None = None, input_size: int |
         if checkpoint is not None:
             raise SbpatchError(f"--checkpoint goes with an alias or a timm name: give a directory in place of {name}")
         return _load_directory(name, hub_snapshot(name), input_size)
-    near = difflib.get_close_matches(timm_name, [*RELEASES, DEMO, *timm.list_models()], n=3)
-    known = f"known are {', '.join(RELEASES)}, {DEMO}, timm names, paths and Hugging Face ids owner/name"
+    near = difflib.get_close_matches(timm_name, [*RELEASES, *EMBEDDED, *timm.list_models()], n=3)
+    known = f"known are {', '.join((*RELEASES, *EMBEDDED))}, timm names, paths and Hugging Face ids owner/name"
     raise SbpatchError(f"unknown model '{name}': " + (f"did you mean {' or '.join(near)}?" if near else known))
 
 
