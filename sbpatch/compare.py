@@ -24,7 +24,7 @@ from .models import Answer
 from .patch import patch, unpatch
 from .plan import Plan
 from .progress import Progress, no_progress
-from .report import QUALITY, simple_table
+from .report import BLUE, QUALITY, simple_table
 
 METHODS = (
     "window", "window2d", "lsh", "favor", "naive:lsh+favor", "lsh+favor", "window+favor", "bigbird", "strided", "nystromformer",
@@ -56,7 +56,7 @@ def compare(
 ) -> list[dict[str, Any]]:
     """One row a method and budget, in the contract's keys, the first row the exact model (`exact`, budget 1).
 
-    A method's parameters come from its budget; of a joined one the split with the lowest output error on the sample is taken.
+    A method's parameters come from its budget; of a joined one the split that changes the model's answer least is taken.
     `auto` is what `calibrate` would do: it may give sites unequal budgets. With `allocations` there is a row for each of
     them, the budget shared out by that rule of `calibrate`, and it is the row's `allocation`. Errors are means over the
     sites that calibration decided on; one that it left exact has none. Time is the median of a batch, all in one process.
@@ -147,23 +147,33 @@ def table(rows: Sequence[Mapping[str, Any]], title: str) -> RenderableType:
 
 
 def plot(rows: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
-    """Output error and agreement (or cosine) against budget, a line a method; a dot where there is one budget."""
+    """Output error and agreement (or cosine): against budget, a line a method; of one budget, a row a method, best first."""
     quality = "agreement" if "agreement" in rows[0] else "cosine"
-    figure = Figure(figsize=(12, 5.5), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    names = list(dict.fromkeys(label(row) for row in rows if "output_error" in row))
-    for i, name in enumerate(names):
-        mine = sorted((r for r in rows if label(r) == name and "output_error" in r), key=lambda r: r["budget"])
-        x = [100 * r["budget"] for r in mine]
-        style = {"marker": "osD^vP*X"[i % 8], "color": f"C{i % 10}", "label": name, "markersize": 6, "linewidth": 1}
-        left.plot(x, [r["output_error"] for r in mine], **style)
-        right.plot(x, [r[quality] for r in mine], **style)
-    left.set(
-        xlabel="stored, % of the exact entries", ylabel="output error, mean over sites", xscale="log", yscale="log"
-    )
-    right.set(xlabel="stored, % of the exact entries", ylabel=f"{quality} with the exact model", xscale="log")
-    right.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
-    for axes in (left, right):
-        axes.spines[["top", "right"]].set_visible(False)
+    measured = sorted((row for row in rows if "output_error" in row), key=lambda row: row["output_error"])
+    names = list(dict.fromkeys(label(row) for row in measured))
+    one_budget = len(names) == len(measured)
+    figure = Figure(figsize=(12, max(4.0, 1 + 0.27 * len(names)) if one_budget else 5.5), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=one_budget)
+    headings = (("output_error", "output error, mean over sites"), (quality, f"{quality} with the exact model"))
+    for panel, (key, heading) in zip(axes, headings, strict=True):
+        panel.spines[["top", "right"]].set_visible(False)
+        if one_budget:
+            panel.plot([row[key] for row in measured], names, "o", color=BLUE)
+            panel.set_xlabel(heading)
+            panel.grid(axis="y", linewidth=0.4)
+            continue
+        for i, name in enumerate(names):
+            mine = sorted((row for row in measured if label(row) == name), key=lambda row: row["budget"])
+            marks = {"marker": "osD^vP*X"[i % 8], "color": f"C{i % 10}", "label": name, "linewidth": 1}
+            panel.plot([100 * row["budget"] for row in mine], [row[key] for row in mine], **marks)
+        panel.set(xlabel="stored, % of the exact entries", ylabel=heading, xscale="log")
+        panel.xaxis.set(major_formatter="{x:g}", minor_formatter="{x:g}")
+    if one_budget:
+        axes[0].set_xscale("log")
+        axes[0].invert_yaxis()
+    else:
+        axes[0].set_yscale("log")
+        axes[0].yaxis.set(major_formatter="{x:g}", minor_formatter="{x:g}")
+        axes[1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
     figure.suptitle(title, fontsize=11)
     figure.savefig(path, dpi=130, format="png")

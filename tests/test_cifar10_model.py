@@ -12,6 +12,7 @@ import sbpatch
 from sbpatch.data import open_images, sample_images
 from sbpatch.models import Checkpoint, load_checkpoint
 from sbpatch.samples import batches
+from sbpatch.sites import find_sites
 
 ROOT = Path(__file__).parents[1]
 # By its directory: that holds whether or not it has an alias.
@@ -36,7 +37,7 @@ def test_what_it_is(cifar10: Checkpoint) -> None:
 
 
 def test_its_attention_sites(cifar10: Checkpoint) -> None:
-    sites = sbpatch.find_sites(cifar10.model, cifar10.preprocessing.probe())
+    sites = find_sites(cifar10.model, cifar10.preprocessing.probe())
     assert [site.geometry.tokens for site in sites] == [3136, 784] + [197] * cifar10.config["depth"]
     assert not any(site.unsupported for site in sites)
 

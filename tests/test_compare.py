@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from functools import partial
+from pathlib import Path
 
 import pytest
 import tiny_text
@@ -18,6 +19,7 @@ from sbpatch import bench, compare
 from sbpatch.attention import Geometry
 from sbpatch.bench import bench as run_bench
 from sbpatch.calibrate import calibrate
+from sbpatch.candidates import Allocation
 from sbpatch.errors import SbpatchError
 from sbpatch.inputs import Inputs
 from sbpatch.models import Answer
@@ -35,7 +37,7 @@ def images(count: int) -> torch.Tensor:
     return torch.randn(count, 3, 96, 96, generator=torch.Generator().manual_seed(1))
 
 
-def test_rows_of_a_comparison(model: torch.nn.Module) -> None:
+def test_rows_of_a_comparison(model: torch.nn.Module, tmp_path: Path) -> None:
     x = images(4)
     with torch.inference_mode():
         exact = model(x)
@@ -58,6 +60,11 @@ def test_rows_of_a_comparison(model: torch.nn.Module) -> None:
             assert all(site["method"] == row["method"] for site in row["sites"])  # joined, and naive where so asked
     with torch.inference_mode():
         assert torch.equal(model(x), exact)  # left as it was
+    for name, shown in (("budgets.png", rows), ("methods.png", rows[: len(METHODS) + 1])):
+        compare.plot(shown, tmp_path / name, "methods")
+        with Image.open(tmp_path / name) as picture:
+            low, high = picture.convert("L").getextrema()
+            assert high - low > 100  # something is drawn
 
 
 def test_a_row_is_the_patched_model(model: torch.nn.Module) -> None:
@@ -83,7 +90,7 @@ def test_what_a_method_cannot_do_is_said(model: torch.nn.Module) -> None:
         compare.compare(model, [x], [(x, torch.zeros(2, dtype=torch.long))], methods=["lhs"], budgets=[0.1])
 
 
-ALLOCATIONS = ("uniform", "entropy", "measured", "joint")
+ALLOCATIONS: tuple[Allocation, ...] = ("uniform", "entropy", "measured", "joint")
 
 
 def texts(count: int, tokens: int) -> tuple[dict[str, Tensor], Tensor]:

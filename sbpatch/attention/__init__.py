@@ -14,6 +14,7 @@ from . import (  # noqa: F401  each registers its parts
     longformer,
     lsh,
     nystromformer,
+    pages,
     pooling,
     random_keys,
     reformer,

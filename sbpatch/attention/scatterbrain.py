@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..errors import SbpatchError
 from .clusters import Clusters
+from .pages import Pages
 from .registry import NAIVE, PARTS, Geometry, Summary, Tiles, parse_method
 from .sinks import Sinks
 from .tiles import restore, split_groups, take
@@ -51,7 +52,7 @@ class Scatterbrain(nn.Module):
         if parameters:
             raise SbpatchError(f"method '{method}' takes no parameter '{', '.join(sorted(parameters))}'")
         if site.causal and isinstance(self.low_rank, Clusters):
-            reach = self.support.window if isinstance(self.support, (Window, Sinks)) else 0
+            reach = self.support.window if isinstance(self.support, (Window, Sinks, Pages)) else 0
             if reach < self.low_rank.CAUSAL_CHUNK:
                 raise SbpatchError(
                     f"causal {low_rank} summarise whole chunks of {self.low_rank.CAUSAL_CHUNK} keys, so the sparse part must "

@@ -1,0 +1,117 @@
+"""Pages: beside the first tokens and a local window, each run of queries reads the stretches of the past that match it best.
+
+Language models look far back for single things (a name, an open bracket), at places that no pattern knows. A page of
+consecutive keys is ranked by its mean key, as in Quest (arXiv 2406.10774) and MInference (arXiv 2407.02490).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import SbpatchError
+from .registry import Geometry, Tiles, register
+from .tiles import blocks
+
+
+@register("pages")
+class Pages(nn.Module):
+    """The first `first` tokens, the last `window` keys, and the `pages` best pages of `PAGE` keys before those.
+
+    Runs of `GROUP` consecutive queries share their pages, ranked by mean query . mean key, and the start of their window, so
+    that no key falls between both. For causal sites; ranking computes n / (PAGE GROUP) scores a row, which are dropped at once.
+    """
+
+    kind: ClassVar[Literal["sparse"]] = "sparse"
+    PAGE = 16
+    GROUP = 16
+
+    def __init__(self, site: Geometry, seed: int, window: int, pages: int, first: int = 4) -> None:
+        super().__init__()
+        if not site.causal:
+            raise SbpatchError("pages look back in a causal sequence; use top-clusters or top-blocks here")
+        if window < 1 or pages < 1 or first < 1:
+            raise SbpatchError(f"pages need a window, pages and first of at least 1, not {window}, {pages} and {first}")
+        self.site, self.window, self.pages, self.first = site, window, pages, first
+        row = torch.arange(site.tokens)
+        start = row // self.GROUP * self.GROUP
+        low = (start - window + 1).clamp(min=0)  # where the window of the row's group begins
+        near = row + 1 - torch.maximum(low, torch.tensor(first)).clamp(max=site.tokens)
+        behind = ((low // self.PAGE) - self._skipped).clamp(min=0, max=pages)  # whole pages before it
+        self.nnz = float((near.clamp(min=0) + (row + 1).clamp(max=first) + behind * self.PAGE).float().mean())
+
+    @property
+    def _skipped(self) -> int:
+        """Pages at the start that hold first tokens, and are not ranked."""
+        return -(-self.first // self.PAGE)
+
+    @classmethod
+    def sized(cls, stored: float, site: Geometry) -> dict[str, int] | None:
+        window = 64 if stored >= 92 else 8
+        if not site.causal or stored < window + 28:  # 8 more keys near by, as runs share their window, 4 first, and a page
+            return None
+        pages = 1
+        while pages < site.tokens // cls.PAGE and cls(site, 0, window, pages + 1).nnz <= stored:
+            pages += 1  # by the count itself: early rows have fewer pages behind them
+        return {"window": window, "pages": pages, "first": 4}
+
+    def _best(self, q: Tensor, k: Tensor, key_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The best pages of each run of queries, and whether they may be read: twice (B, H, G, p)."""
+        mean_q, _ = _means(q, self.GROUP, key_mask)
+        mean_k, count = _means(k, self.PAGE, key_mask)
+        run = torch.arange(mean_q.shape[2], device=q.device)[:, None] * self.GROUP
+        page = torch.arange(mean_k.shape[2], device=q.device)
+        whole = ((page + 1) * self.PAGE <= run - self.window + 1) & (page >= self._skipped)  # (G, P)
+        score = (mean_q @ mean_k.mT).masked_fill(~whole | (count.mT == 0), -torch.inf)
+        best, index = score.topk(min(self.pages, len(page)), dim=-1)
+        return index, best > -torch.inf
+
+    def rounds(self, q: Tensor, k: Tensor, key_mask: Tensor | None) -> Iterator[Tiles]:
+        n, device = q.shape[-2], q.device
+        query, slot = blocks(-(-n // self.GROUP), self.GROUP, n, device)
+        near = query[:, :1] + torch.arange(1 - self.window, self.GROUP, device=device)  # (G, window + GROUP - 1)
+        head = torch.arange(min(self.first, n), device=device).expand(len(query), -1)
+        index, good = self._best(q.detach().float(), k.detach().float(), key_mask)
+        far = (index[..., None] * self.PAGE + torch.arange(self.PAGE, device=device)).flatten(-2)  # (B, H, G, p * PAGE)
+        lead = far.shape[:2]
+        key = torch.cat((head.expand(*lead, -1, -1), near.expand(*lead, -1, -1), far), dim=-1)
+        used = torch.cat(
+            (
+                torch.ones_like(head, dtype=torch.bool).expand(*lead, -1, -1),
+                ((near >= self.first) & (near < n)).expand(*lead, -1, -1),
+                good.repeat_interleave(self.PAGE, -1),
+            ),
+            dim=-1,
+        )
+        valid = used[..., None, :] & (key[..., None, :] <= query[..., :, None])
+        key = key.clamp(0, n - 1)
+        yield Tiles(query.expand(*lead, -1, -1), key, valid, slot.expand(*lead, -1))
+
+    def dense(self, q: Tensor, k: Tensor, key_mask: Tensor | None) -> Tensor:
+        """Row by row: the first tokens, from the start of the run's window to the row, and the run's pages."""
+        index, good = self._best(q.float(), k.float(), key_mask)
+        n = q.shape[-2]
+        out = torch.zeros(*q.shape[:2], n, n, dtype=torch.bool, device=q.device)
+        for i in range(n):
+            run = i // self.GROUP
+            out[..., i, : self.first] = True
+            out[..., i, max(0, run * self.GROUP - self.window + 1) : i + 1] = True
+            for b in range(q.shape[0]):
+                for h in range(q.shape[1]):
+                    for page in index[b, h, run][good[b, h, run]].tolist():
+                        out[b, h, i, page * self.PAGE : (page + 1) * self.PAGE] = True
+        return out.tril()
+
+
+def _means(x: Tensor, size: int, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Means over runs of `size` tokens, padding left out: (B, H, G, d), and how many there were, (B or 1, 1, G, 1)."""
+    n = x.shape[-2]
+    real = torch.ones(1, n, device=x.device) if mask is None else mask.to(x.dtype)
+    real = real[:, None, :, None]
+    pad = (0, 0, 0, -n % size)
+    count = nn.functional.pad(real, pad).unflatten(2, (-1, size)).sum(3)
+    total = nn.functional.pad(x * real, pad).unflatten(2, (-1, size)).sum(3)
+    return total / count.clamp(min=1), count
