@@ -28,7 +28,8 @@ FEW_HEADS = 16  # of all sites together, up to which the steps are fine
 LOWEST, HIGHEST = 1 / 8, 16.0  # budgets tried, in multiples of the one asked for; from 1 / 4 on where steps are fine
 LARGEST = 0.75  # share of a row above which only exact attention is tried
 SHARES = (0.5,)  # of a budget for the low-rank part, beside 0, 1 and the entropy's
-CAUSAL_SHARES = (0.2, 0.4)  # the window has to reach over a chunk of clusters, and few clusters go far
+CAUSAL_SHARES = (0.3,)  # few clusters go far, and the window has to reach over a chunk of them
+CAUSAL_LEAST = {"window": 0, "sinks": 4, "pages": 28}  # keys that a sparse part reads beside that window, at least
 PEAKED = 0.6  # entropy / ln n below which a query's largest keys are looked for by content, not only by place
 GAINS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, -0.5)  # of the low-rank part beside a sparse one, in nats
 PROMISING = 1.25  # times the lowest error at no higher cost: what the first look must not exceed
@@ -112,7 +113,7 @@ def site_seed(seed: int, index: int) -> int:
 def auto_methods(site: SitePlan) -> list[str]:
     """Joined methods that `auto` tries, with the parts of each alone."""
     if site.causal:
-        return ["sinks+clusters"]
+        return ["sinks+clusters", "pages+clusters"]
     methods = ["window2d+clusters" if site.grid is not None else "window+clusters", "lsh+clusters"]
     assert site.entropy_ratio is not None
     return methods + (["top-clusters+clusters"] if site.entropy_ratio < PEAKED else [])
@@ -147,8 +148,9 @@ def candidates_for(
             sparse, low_rank = parse_method(joined)
             prefix = NAIVE if joined.startswith(NAIVE) else ""
             for share in _shares(sparse, low_rank, site, allocation, alone=joint or method == "auto"):
-                if 0 < share < 1 and heads <= FEW_HEADS and level % 2:
-                    continue  # joined methods in coarser steps: they are many, and slow
+                slow = sparse == "pages" if site.causal else 0 < share < 1 and heads <= FEW_HEADS
+                if slow and level % 2:
+                    continue  # in coarser steps: they are many
                 stored = share_of_row * site.geometry.row_keys
                 layer = _layer(prefix, sparse, low_rank, stored, share, site, seed)
                 if layer is not None and layer.stored < site.geometry.row_keys:
@@ -193,8 +195,10 @@ def _layer(
     """The method sized so that the low-rank part gets `share` of the stored entries; None where a part gets too few."""
     names: list[str] = []
     parameters: dict[str, int] = {}
+    if site.causal and low_rank == "clusters" and sparse in CAUSAL_LEAST and 0 < share < 1:
+        share = min(share, 1 - (Clusters.CAUSAL_CHUNK + CAUSAL_LEAST[sparse]) / stored)
     for name, part in ((sparse, stored * (1 - share)), (low_rank, stored * share)):
-        if name is None or part <= 0:
+        if name is None or part == 0:
             continue
         sized = PARTS[name].sized(part, site.geometry)
         if sized is None:
