@@ -5,7 +5,9 @@ To run it (the two settings stop glibc from giving memory back after each operat
     MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=20000000000 \\
     python recipes/train_t2t_vit_cifar10.py --data-dir DIR -o sbpatch/assets/t2t-vit-cifar10
 
-@TIME@ What makes it affordable:
+The embedded weights took 84 minutes on one core that was shared with other work (about 50 minutes of its own time), and
+recognise 64.2 % of the 8,000 test images they were measured on. Held-back training images, after each size: 61.7 % at
+96 px; at 224 px 60.5 % after the squares, then 66.7 % and 67.5 % (of the first 400). What makes it affordable:
 - The first stage looks at small images, 96 px, where attention costs little.
 - From then on the scale is that of 224 px, at which a 7 x 7 window covers one original pixel, but most steps see a square of
   160 px cut from the image. Each token carries the position encoding of its place in the 224 px image.
