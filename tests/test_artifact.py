@@ -210,7 +210,7 @@ def test_tensors_of_the_patch_are_not_redrawn(tmp_path):
     (tmp_path / "out" / "sbpatch.safetensors").unlink()
     text = refused(sbpatch.load, tmp_path / "out")
     assert f"{tmp_path / 'out' / 'sbpatch.safetensors'} is missing" in text
-    artifact.save(tmp_path / "none", checkpoint_of(model, tmp_path), plan_for(model, "clusters"))
+    artifact.save(tmp_path / "none", checkpoint_of(model, tmp_path), plan_for(model, "window"))
     assert not (tmp_path / "none" / "sbpatch.safetensors").exists()
     sbpatch.load(tmp_path / "none")
 

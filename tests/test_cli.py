@@ -22,7 +22,7 @@ from sbpatch.models import load_checkpoint
 from sbpatch.texts import open_text
 from sbpatch.tokens import windows
 
-CALIBRATED = ["README.md", "config.json", "model.safetensors", "report.png", "sbpatch.json"]
+CALIBRATED = ["README.md", "config.json", "model.safetensors", "report.png", "sbpatch.json", "sbpatch.safetensors"]
 QUICK = ["--samples", "3", "--budget", "0.2", "--data", "images", "--quiet"]
 
 
@@ -96,6 +96,19 @@ def test_inspect(capsys):
     assert command("inspect", "tiny.pth", "--input-size", "128") == 0
     assert {"1024", "256"} <= set(capsys.readouterr().out.split())
     assert [str(p) for p in Path().iterdir() if p.name not in ("images", "tiny.pth")] == []
+
+
+def test_a_drop_in_place_of_a_budget(capsys):
+    """The smallest budget that keeps a loose promise; settings reach the plan, and nothing of the run is left beside it."""
+    before = files()
+    quick = ["--samples", "6", "--data", "images", "--quiet", "--method", "clusters", "--json", "-"]
+    assert command("calibrate", "tiny.pth", "-o", "out", "--max-drop", "60", "--refine", *quick) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["max_drop"] == 60
+    assert plan["check"]["drop"] <= 60
+    assert {name.split("/")[0] for name in files().keys() - before.keys()} == {"out"}
+    assert command("calibrate", "tiny.pth", "--budget", "0.2", "--max-drop", "60", *quick) == 2
+    assert "not both" in capsys.readouterr().err
 
 
 def test_calibrate_writes_a_directory_that_loads(capsys):

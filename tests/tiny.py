@@ -57,6 +57,7 @@ PARAMETERS: dict[str, dict[str, int]] = {
     "window+clusters": {"window": 5, "rank": 7},
     "window2d+favor": {"window": 3, "rank": 6},
     "lsh": {"bucket": 9, "rounds": 2},
+    "window": {"window": 5},
     "clusters": {"rank": 12, "steps": 1},
 }
 
