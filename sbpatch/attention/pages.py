@@ -51,7 +51,9 @@ class Pages(nn.Module):
     @classmethod
     def sized(cls, stored: float, site: Geometry) -> dict[str, int] | None:
         window = 64 if stored >= 92 else 8
-        if not site.causal or stored < window + 28:  # 8 more keys near by, as runs share their window, 4 first, and a page
+        if (
+            not site.causal or stored < window + 28
+        ):  # 8 more keys near by, as runs share their window, 4 first, and a page
             return None
         pages = 1
         while pages < site.tokens // cls.PAGE and cls(site, 0, window, pages + 1).nnz <= stored:
