@@ -274,9 +274,7 @@ class Trial:
                     plain = call.plain(causal[name])
                     for candidate in candidates[name]:
                         if timed and not candidate.ms:
-                            candidate.layer(
-                                plain.query, plain.key, plain.value, key_mask=plain.key_mask, scale=plain.scale
-                            )
+                            plain.through(candidate.layer)
                         candidate.observe(plain, exact, gradients[name])
                     return exact
 

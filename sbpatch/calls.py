@@ -51,6 +51,10 @@ class Call:
             scale=self.scale, enable_gqa=self.enable_gqa,
         )  # fmt: skip
 
+    def through(self, layer: Callable[..., Tensor]) -> Tensor:
+        """What an attention layer makes of the call, which is in plain form."""
+        return layer(self.query, self.key, self.value, key_mask=self.key_mask, scale=self.scale)
+
     def causality(self) -> bool | None:
         """Whether the call is causal, by its flag or its mask; None where it is not plain attention but for padding."""
         if self.attn_mask is None:

@@ -91,10 +91,9 @@ class Candidate:
         """Run the layer on a plain call and add up how far it is from `exact` (B, H, n, d)."""
 
         def work() -> list[Tensor]:
-            q, k, v, mask = call.query, call.key, call.value, call.key_mask
             if not isinstance(self.layer, Scatterbrain) or self.layer.gain is None:
-                return [self.layer(q, k, v, key_mask=mask, scale=call.scale)]
-            sums = self.layer.split(q, k, v, mask, call.softmax_scale)
+                return [call.through(self.layer)]
+            sums = self.layer.split(call.query, call.key, call.value, call.key_mask, call.softmax_scale)
             return [self.layer.merged(*sums, torch.full_like(self.layer.gain, gain)) for gain in self.gains]
 
         found, ms = elapsed_ms(work, call.query.device)

@@ -177,8 +177,7 @@ def check_plan(plan: Plan, check: Check) -> None:
         def observe(call: Call) -> Tensor:
             exact = call.exact()
             plain = call.plain(causal[name])
-            found = layers[name](plain.query, plain.key, plain.value, key_mask=plain.key_mask, scale=plain.scale)
-            errors[name] += output_error(found, exact, plain.key_mask).double().sum(0).cpu()
+            errors[name] += output_error(plain.through(layers[name]), exact, plain.key_mask).double().sum(0).cpu()
             for b in range(min(len(exact), wanted - len(matrix[name]))):
                 q, k, v = (x[b : b + 1] for x in (plain.query, plain.key, plain.value))
                 mask = None if plain.key_mask is None else plain.key_mask[b : b + 1]

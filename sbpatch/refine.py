@@ -56,7 +56,7 @@ def learn(
     def damages(which: Sequence[int], tried: Mapping[str, Sequence[Knobs]]) -> dict[str, Tensor]:
         """Damage of each set of knobs at each site: {name: (sets, H)}."""
         found = {
-            name: torch.zeros(len(sets), _heads(layers[name]), dtype=torch.float64) for name, sets in tried.items()
+            name: torch.zeros(len(sets), layers[name].site.heads, dtype=torch.float64) for name, sets in tried.items()
         }
 
         def observer(name: str, gradient: Tensor) -> Callable[[Call], Tensor]:
@@ -64,8 +64,7 @@ def learn(
                 exact, plain = call.exact(), call.plain(causal[name])
                 for i, knobs in enumerate(tried[name]):
                     _turn(layers[name], knobs)
-                    out = layers[name](plain.query, plain.key, plain.value, key_mask=plain.key_mask, scale=plain.scale)
-                    found[name][i] += damage(out, exact, gradient).sum(0).double().cpu()
+                    found[name][i] += damage(plain.through(layers[name]), exact, gradient).sum(0).double().cpu()
                 return exact
 
             return observe
@@ -109,10 +108,6 @@ def _parts(layer: Layer | PerHead) -> list[tuple[list[int], Scatterbrain]]:
     return [(list(range(layer.site.heads)), layer)] if isinstance(layer, Scatterbrain) else []
 
 
-def _heads(layer: Layer | PerHead) -> int:
-    return layer.site.heads
-
-
 def _buffers(part: Scatterbrain) -> dict[str, Tensor]:
     found = {} if part.gain is None else {"gain": part.gain}
     return found | ({"sharpness": part.low_rank.sharpness} if isinstance(part.low_rank, Clusters) else {})
@@ -123,7 +118,7 @@ def _knobs(layer: Layer | PerHead) -> Knobs:
     knobs: Knobs = {}
     for heads, part in _parts(layer):
         for name, buffer in _buffers(part).items():
-            values = knobs.setdefault(name, torch.zeros(_heads(layer), device=buffer.device))
+            values = knobs.setdefault(name, torch.zeros(layer.site.heads, device=buffer.device))
             values[heads] = buffer.log() if name == "sharpness" else buffer
     return knobs
 

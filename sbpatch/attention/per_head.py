@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import SbpatchError
+from ..masks import allowed
 from .registry import Geometry
 from .scatterbrain import Scatterbrain
 
@@ -29,9 +30,7 @@ class Exact(nn.Module):
         """q (B, H, n, d), k and v of H or fewer heads, key_mask (B, n) bool -> (B, H, n, e)."""
         mask, causal = None, self.site.causal
         if key_mask is not None:
-            mask = key_mask[:, None, None, :]
-            if causal:
-                mask = mask & torch.ones(k.shape[-2], k.shape[-2], dtype=torch.bool, device=k.device).tril()
+            mask = allowed(key_mask, causal, q.shape[-2], k.shape[-2])
         grouped = k.shape[1] != q.shape[1]
         return F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=causal and mask is None, scale=scale, enable_gqa=grouped
