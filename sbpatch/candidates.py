@@ -27,6 +27,14 @@ FINE, COARSE = 2 ** (1 / 3), 2**0.5  # steps between the budgets tried at a head
 FEW_HEADS = 16  # of all sites together, up to which the steps are fine
 LOWEST, HIGHEST = 1 / 8, 16.0  # budgets tried, in multiples of the one asked for; from 1 / 4 on where steps are fine
 LARGEST = 0.75  # share of a row above which only exact attention is tried
+CLOSER = (
+    2 ** (-1 / 3),
+    2 ** (-1 / 6),
+    1.0,
+    2 ** (1 / 6),
+    2 ** (1 / 3),
+)  # times what a choice stores: a second look, round it
+OTHERWISE = (-0.15, 0.0, 0.15)  # added to the low-rank share of such a choice
 SHARES = (0.5,)  # of a budget for the low-rank part, beside 0, 1 and the entropy's
 CAUSAL_SHARES = (0.3,)  # few clusters go far, and the window has to reach over a chunk of them
 CAUSAL_LEAST = {"window": 0, "sinks": 4, "pages": 28}  # keys that a sparse part reads beside that window, at least
@@ -49,6 +57,11 @@ class Candidate:
     def __post_init__(self) -> None:
         shape = (len(self.gains), self.layer.site.heads)
         self.error_sum, self.damage_sum = (torch.zeros(shape, dtype=torch.float64) for _ in range(2))
+
+    @property
+    def name(self) -> str:
+        """The same for the same method and parameters."""
+        return f"{self.layer.method} {self.layer.parameters_used}"
 
     @property
     def gains(self) -> tuple[float, ...]:
@@ -110,12 +123,22 @@ def site_seed(seed: int, index: int) -> int:
 
 
 def auto_methods(site: SitePlan) -> list[str]:
-    """Joined methods that `auto` tries, with the parts of each alone."""
+    """Methods that `auto` tries, with the parts of the joined ones alone."""
     if site.causal:
         return ["sinks+clusters", "pages+clusters"]
-    methods = ["window2d+clusters" if site.grid is not None else "window+clusters", "lsh+clusters"]
+    methods = ["window2d+clusters" if site.grid is not None else "window+clusters", "lsh+clusters", "coreset"]
     assert site.entropy_ratio is not None
     return methods + (["top-clusters+clusters"] if site.entropy_ratio < PEAKED else [])
+
+
+def built(
+    method: str, site: SitePlan, seed: int, moments: tuple[Tensor, Tensor] | None, **parameters: int
+) -> Scatterbrain:
+    """The layer; where its low-rank part is fitted to data, by the second moments of the site's queries and keys."""
+    layer = Scatterbrain(method, site.geometry, seed, **parameters)
+    if moments is not None and hasattr(layer.low_rank, "fit"):
+        layer.parameters_used |= layer.low_rank.fit(*moments)
+    return layer
 
 
 def candidates_for(
@@ -123,6 +146,7 @@ def candidates_for(
     seed: int,
     budget: float,
     *,
+    moments: tuple[Tensor, Tensor] | None,
     method: str,
     allocation: Allocation,
     heads: int,
@@ -133,6 +157,7 @@ def candidates_for(
     Args:
         seed: of what the layers draw.
         budget: shares of a row's keys are tried around this one, and only this one unless the allocation is joint.
+        moments: see `fidelity.second_moments`, means over the samples; None at a causal site.
         method: `auto`, or one method, of which the parts alone are tried too where the allocation is joint.
         heads: of all sites together; many heads are tried in coarser steps.
     """
@@ -141,7 +166,7 @@ def candidates_for(
     methods = auto_methods(site) if method == "auto" else [method]
     if allocation in ("entropy", "uniform"):
         methods = methods[:1]
-    tried: dict[str, Candidate] = {}
+    tried: dict[str, Candidate] = {}  # by `Candidate.name`
     for level, share_of_row in enumerate(_budgets(budget, heads) if joint else [budget]):
         for joined in methods:
             sparse, low_rank = parse_method(joined)
@@ -151,9 +176,10 @@ def candidates_for(
                 if slow and level % 2:
                     continue  # in coarser steps: they are many
                 stored = share_of_row * site.geometry.row_keys
-                layer = _layer(prefix, sparse, low_rank, stored, share, site, seed)
+                layer = _layer(prefix, sparse, low_rank, stored, share, site, seed, moments)
                 if layer is not None and layer.stored < site.geometry.row_keys:
-                    tried.setdefault(f"{layer.method} {layer.parameters_used}", Candidate(layer.to(device)))
+                    candidate = Candidate(layer.to(device))
+                    tried.setdefault(candidate.name, candidate)
                     if allocation in ("entropy", "uniform"):
                         break  # what follows is for where the rule's split leaves a part too little to work with
     if joint and not method.startswith(NAIVE):
@@ -164,6 +190,25 @@ def candidates_for(
             "with: raise --budget or exclude the site"
         )
     return list(tried.values())
+
+
+def closer(
+    chosen: Candidate, site: SitePlan, seed: int, moments: tuple[Tensor, Tensor] | None, device: torch.device
+) -> list[Candidate]:
+    """The method of a choice with a little less and a little more, and split otherwise: what lies between the first ones."""
+    if not isinstance(chosen.layer, Scatterbrain):
+        return []
+    method, stored = chosen.layer.method, chosen.layer.stored
+    sparse, low_rank = parse_method(method)
+    share = 1 - chosen.layer.nnz / stored
+    shares = [share + more for more in OTHERWISE if 0 < share + more < 1] if sparse and low_rank else [share]
+    prefix = NAIVE if method.startswith(NAIVE) else ""
+    layers = [
+        _layer(prefix, sparse, low_rank, stored * factor, part, site, seed, moments)
+        for factor in CLOSER
+        for part in shares
+    ]
+    return [Candidate(x.to(device)) for x in layers if x is not None and x.stored < site.geometry.row_keys]
 
 
 def _budgets(budget: float, heads: int) -> list[float]:
@@ -189,7 +234,14 @@ def _shares(
 
 
 def _layer(
-    prefix: str, sparse: str | None, low_rank: str | None, stored: float, share: float, site: SitePlan, seed: int
+    prefix: str,
+    sparse: str | None,
+    low_rank: str | None,
+    stored: float,
+    share: float,
+    site: SitePlan,
+    seed: int,
+    moments: tuple[Tensor, Tensor] | None,
 ) -> Scatterbrain | None:
     """The method sized so that the low-rank part gets `share` of the stored entries; None where a part gets too few."""
     names: list[str] = []
@@ -209,7 +261,7 @@ def _layer(
     if site.causal and names[-1] == "clusters" and parameters.get("window", 0) < Clusters.CAUSAL_CHUNK:
         return None  # causal clusters need the window to cover their chunk
     method = "+".join(names)
-    return Scatterbrain(prefix + method if len(names) == 2 else method, site.geometry, seed, **parameters)
+    return built(prefix + method if len(names) == 2 else method, site, seed, moments, **parameters)
 
 
 def promising(tried: list[Candidate], objective: Objective = "memory") -> list[Candidate]:

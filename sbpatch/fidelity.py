@@ -92,6 +92,19 @@ def head_profile(call: Call, rows: int = 256) -> dict[str, Tensor]:
     return {name: (values * weight).sum(-1) / total for name, values in figures.items()}
 
 
+def second_moments(call: Call) -> tuple[Tensor, Tensor]:
+    """Of the queries, and of the keys about their mean, scaled so that q.k is the logit: two (B, H, d, d) float64."""
+    call = all_heads(call)
+    real = torch.ones_like(call.key[:, :1, :, :1], dtype=torch.float32)
+    if call.key_mask is not None:
+        real = call.key_mask[:, None, :, None].float()
+    count = real.sum(-2, keepdim=True).clamp(min=1)
+    q, k = call.query.float() * real, call.key.float() * real
+    k = (k - k.sum(-2, keepdim=True) / count) * real
+    query, key = ((x.mT @ x / count * abs(call.softmax_scale)).double() for x in (q, k))
+    return query, key
+
+
 def row_entropy(call: Call, rows: int = 256) -> Tensor:
     """Entropy in nats of the exact attention, mean over `rows` evenly spaced query rows: (B, H)."""
     return head_profile(call, rows)["entropy"]

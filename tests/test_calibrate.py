@@ -14,12 +14,16 @@ from torch import Tensor, nn
 
 from sbpatch.allocate import Curve, allocate
 from sbpatch.attention import Geometry, Scatterbrain
+from sbpatch.attention.per_head import Exact
 from sbpatch.attention.reference import exact_matrix, scatterbrain_matrix
 from sbpatch.calibrate import _after, _first_samples, calibrate
+from sbpatch.candidates import Candidate, closer
+from sbpatch.choose import _layer_of
 from sbpatch.fidelity import matrix_error, output_error, row_entropy
 from sbpatch.patch import patch
+from sbpatch.plan import SitePlan
 from sbpatch.recipe import SiteSetting
-from sbpatch.sites import Call, swapped
+from sbpatch.sites import Call, find_sites, swapped
 
 STAGE1, STAGE2 = "tokens_to_token.attention1.attn", "tokens_to_token.attention2.attn"  # 256 and 64 tokens at 64 px
 BLOCK = "blocks.0.attn"  # 17 tokens
@@ -377,3 +381,33 @@ def test_no_samples():
 )
 def test_unknown_method(method, said):
     assert said in refused(calibrate, t2t(), BATCHES, method=method)
+
+
+def test_the_closer_look_lies_around_the_choice():
+    """The same method, from a fifth less to a quarter more, split otherwise; exact attention has nothing around it."""
+    site = SitePlan.of(find_sites(t2t(), BATCHES[0][:1])[0], "patch", "")
+    layer = Scatterbrain("top-clusters+clusters", site.geometry, 0, probes=8, rank=32)
+    found = closer(Candidate(layer), site, 0, None, torch.device("cpu"))
+    assert len({c.name for c in found}) >= 10
+    assert {c.layer.method for c in found} == {"top-clusters+clusters"}
+    assert all(0.7 * layer.stored <= c.layer.stored <= 1.27 * layer.stored for c in found)
+    assert closer(Candidate(Exact(site.geometry)), site, 0, None, torch.device("cpu")) == []
+
+
+def test_coordinates_of_landmarks_come_from_the_sample_and_stay_with_their_heads():
+    """What a head was measured with is what it gets, also where its site is split into groups of heads."""
+    plan = calibrate(t2t(), BATCHES, budget=0.2, method="coreset", min_tokens=200)
+    (to_key,) = (t for key, t in plan.tensors.items() if key.endswith("to_key"))
+    assert not torch.equal(to_key[0], torch.eye(to_key.shape[1])[:, : to_key.shape[2]])
+    geometry = Geometry(64, 3, 8)
+    site = SitePlan.model_validate(
+        {"name": "x", "class": "X", "tokens": 64, "heads": 3, "head_dim": 8, "decision": "patch", "reason": ""}
+    )
+    layers = [Scatterbrain("coreset", geometry, 0, rank=rank) for rank in (4, 9)]
+    moments = torch.diag_embed(torch.rand(2, 3, 8, dtype=torch.float64) + 0.1).unbind()
+    for layer in layers:
+        layer.parameters_used |= layer.low_rank.fit(*moments)
+    few, many = map(Candidate, layers)
+    joined = _layer_of([few, many, few], site, 0)
+    torch.testing.assert_close(joined.layers[0].low_rank.to_key, layers[0].low_rank.to_key[[0, 2]])
+    torch.testing.assert_close(joined.layers[1].low_rank.to_query, layers[1].low_rank.to_query[[1]])

@@ -13,7 +13,6 @@ from transformers_coverage import FAMILIES, plan_on
 
 import sbpatch
 from sbpatch import artifact
-from sbpatch.attention import Scatterbrain
 from sbpatch.export import Format, export
 from sbpatch.inputs import Inputs, run, samples
 from sbpatch.models import load_checkpoint
@@ -62,12 +61,21 @@ def test_copy_of_the_directory(class_name, tmp_path):
 
 
 @pytest.mark.slow
+def test_fitted_landmarks_give_their_answers_after_export(tmp_path):
+    """Their coordinates lie in the file, and their inverse is products there (see newton_inverse)."""
+    images = torch.randn(3, 3, 64, 64)
+    model = t2t()
+    plan = sbpatch.calibrate(model, [images], budget=0.2, method="coreset", min_tokens=200, seed=0)
+    artifact.save(tmp_path / "out", checkpoint_of(model, tmp_path), plan)
+    assert any(key.endswith("to_key") for key in plan.tensors)
+    for form, name in ((Format.pt2, "x.pt2"), (Format.onnx, "x.onnx")):
+        assert export(tmp_path / "out", form, tmp_path / name, images) < 1e-4
+
+
+@pytest.mark.slow
 def test_what_cannot_be_exported_leaves_nothing(tmp_path):
     model = t2t()
-    plan = plan_for(model, "clusters")
-    plan.tensors = {}
-    for site in plan.sites:
-        site.use(Scatterbrain("coreset", site.geometry, 0, rank=8), 0)
+    plan = plan_for(model, "leverage")
     artifact.save(tmp_path / "out", checkpoint_of(model, tmp_path), plan)
     before = sorted(tmp_path.iterdir())
     images = torch.randn(2, 3, 64, 64)

@@ -55,6 +55,7 @@ def refused(work: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
 
 PARAMETERS: dict[str, dict[str, int]] = {
     "window+clusters": {"window": 5, "rank": 7},
+    "leverage": {"keys": 8},
     "window2d+favor": {"window": 3, "rank": 6},
     "lsh": {"bucket": 9, "rounds": 2},
     "window": {"window": 5},

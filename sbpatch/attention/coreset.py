@@ -1,7 +1,8 @@
 """Landmarks with Nystrom weights as the low-rank part: a few weighted points stand for all keys (arXiv 2302.02451, 2410.13736).
 
-Queries and keys are first moved to coordinates in which both have the same covariance: q.k = y.x + q.mean, for y = M^-T q and
-x = M (k - mean). In these, exp(y.x) is a Gaussian kernel g(a, b) = exp(-|a - b|^2 / 2) up to factors of y and of x, and
+Queries and keys are first moved to coordinates in which both have the same covariance: q.k = y.x + q.mean, for y = P^T q and
+x = R^T (k - mean), found at calibration (see `balanced`). In these, exp(y.x) is a Gaussian kernel g(a, b) = exp(-|a - b|^2 / 2)
+up to factors of y and of x, and
 
     L_ij = exp(y_i.l - |l|^2 / 2) (G_ll + jitter)^-1 g(l, x_j) exp(|x_j|^2 / 2) exp(q_i.mean)    (sums over landmarks l)
 
@@ -12,6 +13,7 @@ exp(y.l) for every key of l, never exceeds the exact one by much (Jensen), and w
 
 from __future__ import annotations
 
+import math
 from typing import ClassVar, Literal, NamedTuple
 
 import torch
@@ -27,49 +29,66 @@ FAR = 4  # one landmark in FAR is a key that the centres do not reach; they keep
 REACH = 2.0  # where keys lie farther than 1 / sqrt(REACH) from their centre, in root mean square, the kernel is widened
 LARGEST = 600.0  # squared length of a key: exp(LARGEST / 2) is safe in float64
 LOW, HIGH = 0.9, 4.0  # Nystrom row sum over cluster row sum, outside of which the clusters are believed
+NEGLIGIBLE = 0.01  # nats, in root mean square, that a logit may lose to directions that are left out
+TINY = torch.finfo(torch.float32).min
 
 
 class Landmarks(NamedTuple):
     """What the landmarks make of queries and keys; `own` and everything (…, n) is by key or query."""
 
-    log_phi: Tensor  # (B, H, n, m) y.l - |l|^2 / 2 + q.mean
+    log_phi: Tensor  # (B, H, n, m) y.l - |l|^2 / 2
+    log_spread: Tensor  # (B, H, m, n) logarithm of g(l, x) exp(|x|^2 / 2) = exp(l.x - |l|^2 / 2); -inf at padding
     half: Tensor  # (B, H, m, 1) |l|^2 / 2
-    spread: Tensor  # (B, H, m, n) g(l, x) exp(|x|^2 / 2 - top), zero at padding; float64
     inverse: Tensor  # (B, H, m, m) (G_ll + jitter)^-1; float64
     own: Tensor  # (B, H, n) nearest landmark of each key
-    real: Tensor  # (B, 1, n, 1) 1 for keys, 0 for padding
-    top: Tensor  # (B, H, 1, 1) largest |x|^2 / 2
+    real: Tensor  # (B, 1, n) 1 for keys, 0 for padding
+    mean: Tensor  # (B, H, 1, d) of the keys
+    top: Tensor  # (B, H, 1, 1) largest of log_spread, in whose scale sums are kept
 
 
 @register("coreset")
 class Coreset(nn.Module):
     """`rank` landmarks a head: k-means centres after `steps` Lloyd steps, and a quarter of it the keys they leave farthest.
 
-    Several times as accurate as `clusters` where attention is flat, and somewhat where it is peaked, at about three times
-    the time. Bidirectional: the coordinates and the weights are those of all keys.
+    `directions`: how many balanced coordinates are kept, those that queries and keys vary in most; all where it is 0.
+    Bidirectional: the weights are those of all keys.
     """
 
     kind: ClassVar[Literal["low-rank"]] = "low-rank"
 
-    def __init__(self, site: Geometry, seed: int, rank: int, steps: int = 2) -> None:
+    to_query: Tensor  # (H, d, directions) P, found at calibration; the identity until then
+    to_key: Tensor  # (H, d, directions) R
+
+    def __init__(self, site: Geometry, seed: int, rank: int, steps: int = 2, directions: int = 0) -> None:
         super().__init__()
         if rank < 1 or steps < 0:
             raise SbpatchError(f"coreset needs a rank of at least 1 and steps of at least 0, not {rank} and {steps}")
+        if not 0 <= directions <= site.head_dim:
+            raise SbpatchError(f"coreset keeps 0 (all) to {site.head_dim} directions, not {directions}")
         if site.causal:
             raise SbpatchError("coreset weighs all keys, the future included, and cannot be causal; use clusters")
-        self.rank, self.steps, self.stored = rank, steps, rank + 1.0
+        self.rank, self.steps, self.directions, self.stored = rank, steps, directions, rank + 1.0
+        eye = torch.eye(site.head_dim)[:, : directions or site.head_dim].repeat(site.heads, 1, 1)
+        self.register_buffer("to_query", eye, persistent=False)
+        self.register_buffer("to_key", eye.clone(), persistent=False)
 
     @classmethod
     def sized(cls, stored: float, site: Geometry) -> dict[str, int] | None:
         return {"rank": int(stored) - 1} if stored >= 2 else None
 
-    def _landmarks(self, q: Tensor, k: Tensor, key_mask: Tensor | None) -> Landmarks:
+    def fit(self, query: Tensor, key: Tensor) -> dict[str, int]:
+        """Take balanced coordinates, by second moments as `balanced` has them; returns how many directions were kept."""
+        self.to_query, self.to_key = balanced(query, key, self.directions)
+        return {"directions": self.to_key.shape[-1]}
+
+    def _landmarks(self, q: Tensor, k: Tensor, key_mask: Tensor | None, scale: float = 1.0) -> Landmarks:
         q, k = q.float(), k.float()
         n = k.shape[-2]
         real = torch.ones_like(k[:, :1, :, :1]) if key_mask is None else key_mask[:, None, :, None].float()
         total = real.sum(-2, keepdim=True).clamp(min=1)
         mean = (k * real).sum(-2, keepdim=True) / total
-        y, x = balanced(q, (k - mean) * real)
+        to_key = self.to_key * scale**0.5
+        y, x = q @ (self.to_query * scale**0.5), (k @ to_key - mean @ to_key) * real
         far = min(self.rank // FAR, n)
         centre = kmeans.lloyd(x.detach(), key_mask, self.rank - far, self.steps)
         _, distance = kmeans.nearest(x.detach(), centre)  # squared
@@ -77,29 +96,58 @@ class Coreset(nn.Module):
         length = x.detach().square().sum(-1, keepdim=True).amax(-2, keepdim=True)
         width = torch.maximum(REACH * radius, length / LARGEST).clamp(min=1).sqrt()
         x, y, landmark = x / width, y * width, centre / width
-        square = x.square().sum(-1)  # (B, H, n)
-        kernel = _kernel(landmark, x)
+        hidden = real.mT == 0
+        log_spread = _log_spread(landmark, x)
         if far:  # by what is left of exp(x.x) beside the centres, as a pivoted Cholesky would
+            square = x.square().sum(-1)  # (B, H, n)
+            kernel = (log_spread - square[..., None, :] / 2).exp()
             left = 1 - (_inverse(landmark).float() @ kernel * kernel).sum(-2)
-            left = (square + left.clamp(min=1e-9).log()).masked_fill(real.squeeze(-1) == 0, -torch.inf)
+            left = (square + left.clamp(min=1e-9).log()).masked_fill(hidden[..., 0, :], -torch.inf)
             index = left.topk(far, dim=-1).indices[..., None].expand(-1, -1, -1, x.shape[-1])
             landmark = torch.cat((landmark, x.gather(2, index)), dim=2)
-            kernel = torch.cat((kernel, _kernel(landmark[:, :, -far:], x)), dim=2)
+            log_spread = torch.cat((log_spread, _log_spread(landmark[:, :, -far:], x)), dim=2)
         own, _ = kmeans.nearest(x.detach(), landmark.detach())
         half = landmark.square().sum(-1, keepdim=True) / 2
-        top = square.amax(-1)[..., None, None] / 2
-        spread = kernel.double() * (square[..., None, :] / 2 - top).double().exp() * real.mT
-        return Landmarks(y @ landmark.mT - half.mT + q @ mean.mT, half, spread, _inverse(landmark), own, real, top)
+        log_spread = log_spread.masked_fill(hidden, -torch.inf)
+        top = log_spread.amax((-2, -1), keepdim=True)
+        top = top.masked_fill(top == -torch.inf, 0)  # all of it padding
+        real = real.squeeze(-1)
+        return Landmarks(y @ landmark.mT - half.mT, log_spread, half, _inverse(landmark), own, real, mean, top)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, scale: float = 1.0) -> Tensor:
+        """Without a sparse part: the long sums in float32, only what passes the inverse in float64."""
+        group = q.shape[1] // k.shape[1]
+        if group > 1:
+            k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+        log_phi, log_spread, half, inverse, own, real, _, top = self._landmarks(q, k, key_mask, scale)
+        values = v.float()
+        shift = log_spread.amax(-1, keepdim=True).clamp(min=TINY)
+        spread = (log_spread - shift).exp()
+        summed = torch.cat((spread @ values, spread.sum(-1, keepdim=True)), dim=-1)  # (B, H, m, e + 1)
+        nystrom = inverse @ (summed.double() * (shift - top).double().exp())
+        members = kmeans.sums(values, own, self.rank, real), kmeans.counts(own, self.rank, real)
+        cluster = torch.cat(members, dim=-1).double() * (half - top).double().exp()
+        both = torch.stack((nystrom, cluster))
+        both = (both / both.abs().amax((0, -2, -1), keepdim=True).clamp(min=1e-300)).float()
+        phi = (log_phi - log_phi.amax(-1, keepdim=True)).exp()
+        smooth, constant = phi @ both[..., -1:]  # row sums, (B, H, n, 1) each
+        wrong = _wrong(smooth, constant)
+        total = torch.where(wrong, constant, smooth)
+        phi = phi / total.masked_fill(total == 0, 1)
+        # each row reads one of the two: a product twice as long costs less than choosing between two outputs
+        weight = torch.cat((phi.masked_fill(wrong, 0), phi.masked_fill(~wrong, 0)), dim=-1)  # (B, H, n, 2m)
+        return (weight @ torch.cat((both[0], both[1]), dim=-2)[..., :-1]).to(v.dtype)
 
     def summarise(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Summary:
-        log_phi, half, spread, inverse, own, real, top = self._landmarks(q, k, key_mask)
+        log_phi, log_spread, half, inverse, own, real, mean, top = self._landmarks(q, k, key_mask)
         # the weights alternate in sign, and what the support covers is subtracted: in float64, as in FAVOR+
         shift = log_phi.amax(-1, keepdim=True)
         phi = (log_phi - shift).double().exp()  # (B, H, n, m)
+        spread = (log_spread - top).double().exp()
         values = torch.cat((v, torch.ones_like(v[..., :1])), dim=-1).double()
         height = (half - top).double().exp()  # (B, H, m, 1) exp(y.l) = phi height
         nystrom = phi @ (inverse @ (spread @ values))
-        cluster = phi @ (height * kmeans.sums(values, own, height.shape[-2], real.squeeze(-1).double()))
+        cluster = phi @ (height * kmeans.sums(values, own, self.rank, real.double()))
         wrong = _wrong(nystrom[..., -1:], cluster[..., -1:])  # (B, H, n, 1)
         sums = torch.where(wrong, cluster, nystrom)
         weight, level = phi @ inverse, phi * height.mT
@@ -109,13 +157,13 @@ class Coreset(nn.Module):
             constant = columns(take(level, tiles.query), take(own[..., None], tiles.key).squeeze(-1))
             return torch.where(take(wrong, tiles.query), constant, smooth)
 
-        return Summary(shift + top, sums[..., :-1], sums[..., -1:], entries)
+        return Summary(shift + top + q.float() @ mean.mT, sums[..., :-1], sums[..., -1:], entries)
 
     def dense(self, q: Tensor, k: Tensor, key_mask: Tensor | None) -> Tensor:
-        log_phi, half, spread, inverse, own, real, top = self._landmarks(q, k, key_mask)
-        phi = log_phi.double().exp()
-        nystrom = phi @ inverse @ (spread * top.double().exp())
-        cluster = (phi * half.mT.double().exp()).gather(-1, own[..., None, :].expand_as(nystrom)) * real.mT
+        log_phi, log_spread, half, inverse, own, real, mean, _ = self._landmarks(q, k, key_mask)
+        phi = (log_phi + q.float() @ mean.mT).double().exp()
+        nystrom = phi @ inverse @ log_spread.double().exp()
+        cluster = (phi * half.mT.double().exp()).gather(-1, own[..., None, :].expand_as(nystrom)) * real[..., None, :]
         return torch.where(_wrong(nystrom.sum(-1, keepdim=True), cluster.sum(-1, keepdim=True)), cluster, nystrom)
 
 
@@ -123,33 +171,61 @@ def _wrong(nystrom: Tensor, cluster: Tensor) -> Tensor:
     return (nystrom < LOW * cluster) | (nystrom > HIGH * cluster)
 
 
+def _log_spread(landmark: Tensor, x: Tensor) -> Tensor:
+    """l.x - |l|^2 / 2, (B, H, m, n)."""
+    return landmark @ x.mT - landmark.square().sum(-1, keepdim=True) / 2
+
+
 def _inverse(landmark: Tensor) -> Tensor:
     """(G_ll + jitter)^-1, (B, H, m, m) float64."""
-    gram = _kernel(landmark.double(), landmark.double())
-    return torch.linalg.inv(gram + JITTER * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device))
+    landmark = landmark.double()
+    half = landmark.square().sum(-1, keepdim=True) / 2
+    gram = (landmark @ landmark.mT - half - half.mT).exp()
+    gram = gram + JITTER * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    return newton_inverse(gram) if torch.compiler.is_exporting() else torch.linalg.inv(gram)
 
 
-def _kernel(a: Tensor, b: Tensor) -> Tensor:
-    """exp(-|a - b|^2 / 2) for rows a (B, H, m, d) and b (B, H, n, d)."""
-    return (a @ b.mT - a.square().sum(-1, keepdim=True) / 2 - b.square().sum(-1)[..., None, :] / 2).exp()
+def newton_inverse(gram: Tensor) -> Tensor:
+    """Inverse of (…, m, m) with eigenvalues in [JITTER, m + JITTER], by products alone: ONNX knows no other way.
 
-
-def balanced(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-    """Coordinates y of queries and x of centred keys with y.x = q.k in which both have one covariance.
-
-    As in the balanced truncation of control theory: with C_q^1/2 C_k^1/2 = U S V^T, y = S^1/2 U^T C_q^-1/2 q and
-    x = S^1/2 V^T C_k^-1/2 k. A direction that keys vary in and queries ignore shrinks, so no landmark is spent on it.
+    X <- X (2 - G X) squares the error 1 - G X, which begins at 1 - JITTER / m at most (Schulz, 1933).
     """
-    (root_q, inverse_q), (root_k, inverse_k) = (
-        _roots((x.mT @ x / x.shape[-2]).double()) for x in (q.detach(), k.detach())
-    )
+    m = gram.shape[-1]
+    two = 2 * torch.eye(m, dtype=gram.dtype, device=gram.device)
+    found = two / (m + 2 * JITTER)
+    for _ in range(math.ceil(math.log2(40 * m / JITTER))):
+        found = found @ (two - gram @ found)
+    return found
+
+
+# -- coordinates, found at calibration -------------------------------------------------------------------------------
+
+
+def balanced(query: Tensor, key: Tensor, directions: int = 0) -> tuple[Tensor, Tensor]:
+    """Coordinates y = P^T q of queries and x = R^T k of centred keys with y.x = q.k in which both have one covariance.
+
+    As in the balanced truncation of control theory: with C_q^1/2 C_k^1/2 = U S V^T, P = C_q^-1/2 U S^1/2 and
+    R = C_k^-1/2 V S^1/2. A direction that keys vary in and queries ignore shrinks, so no landmark is spent on it, and
+    direction i adds y_i x_i to a logit, S_i in root mean square: the last ones can be left out.
+
+    Args:
+        query, key: their second moments C, (H, d, d) float64.
+        directions: how many to keep; where 0, those that logits may not lose, in multiples of 8.
+
+    Returns:
+        P and R, (H, d, directions) float32.
+    """
+    (root_q, inverse_q), (root_k, inverse_k) = _roots(query), _roots(key)
     u, s, v = torch.linalg.svd(root_q @ root_k)
     scale = s.sqrt()[..., None, :]
-    return q @ (inverse_q @ u * scale).to(q.dtype), k @ (inverse_k @ v.mT * scale).to(k.dtype)
+    lost = s.square().flip(-1).cumsum(-1).flip(-1).sqrt().amax(0)  # (d,) without this direction and those after it
+    needed = max(int((lost > NEGLIGIBLE).sum()), 1)
+    kept = directions or min(-(-needed // 8) * 8, s.shape[-1])
+    return (inverse_q @ u * scale)[..., :kept].float(), (inverse_k @ v.mT * scale)[..., :kept].float()
 
 
 def _roots(covariance: Tensor) -> tuple[Tensor, Tensor]:
-    """C^1/2 and C^-1/2 of a symmetric C (B, H, d, d), eigenvalues bounded below so that both exist."""
+    """C^1/2 and C^-1/2 of a symmetric C (H, d, d), eigenvalues bounded below so that both exist."""
     values, vectors = torch.linalg.eigh(covariance)
     root = values.clamp(min=1e-6 * values[..., -1:].clamp(min=1e-30)).sqrt()[..., None, :]
     return vectors * root @ vectors.mT, vectors / root @ vectors.mT

@@ -79,7 +79,11 @@ class Support(Protocol):
 
 
 class LowRank(Protocol):
-    """A low-rank part L. Implementations are `nn.Module`s."""
+    """A low-rank part L. Implementations are `nn.Module`s.
+
+    One that has a faster way without a sparse part and causality has `attend(q, k, v, key_mask, scale)` too, and one whose
+    tensors come from data has `fit(query, key)`: it sees second moments and returns the parameters that follow from them.
+    """
 
     kind: ClassVar[Literal["low-rank"]]
     rank: int

@@ -96,7 +96,7 @@ class Scatterbrain(nn.Module):
         is left for gets zeros, as in PyTorch's own attention.
         """
         scale = q.shape[-1] ** -0.5 if scale is None else scale
-        if self.support is None and isinstance(self.low_rank, Clusters) and not self.site.causal:
+        if self.support is None and hasattr(self.low_rank, "attend") and not self.site.causal:
             return self.low_rank.attend(q, k, v, key_mask, scale)
         if self.low_rank is not None and self.low_rank.kind == "whole":
             k, v = self._all_heads(q, k, v)
