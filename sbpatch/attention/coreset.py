@@ -14,6 +14,7 @@ exp(y.l) for every key of l, never exceeds the exact one by much (Jensen), and w
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import ClassVar, Literal, NamedTuple
 
 import torch
@@ -36,7 +37,8 @@ TINY = torch.finfo(torch.float32).min
 class Landmarks(NamedTuple):
     """What the landmarks make of queries and keys; `own` and everything (…, n) is by key or query."""
 
-    log_phi: Tensor  # (B, H, n, m) y.l - |l|^2 / 2
+    y: Tensor  # (B, H, n, directions) queries
+    landmark: Tensor  # (B, H, m, directions)
     log_spread: Tensor  # (B, H, m, n) logarithm of g(l, x) exp(|x|^2 / 2) = exp(l.x - |l|^2 / 2); -inf at padding
     half: Tensor  # (B, H, m, 1) |l|^2 / 2
     inverse: Tensor  # (B, H, m, m) (G_ll + jitter)^-1; float64
@@ -100,46 +102,56 @@ class Coreset(nn.Module):
         log_spread = _log_spread(landmark, x)
         if far:  # by what is left of exp(x.x) beside the centres, as a pivoted Cholesky would
             square = x.square().sum(-1)  # (B, H, n)
-            kernel = (log_spread - square[..., None, :] / 2).exp()
-            left = 1 - (_inverse(landmark).float() @ kernel * kernel).sum(-2)
+            inverse = _inverse(landmark).float()
+            kernels = ((part - s[..., None, :] / 2).exp() for part, s in _chunks(log_spread, square))
+            left = torch.cat([1 - (inverse @ kernel * kernel).sum(-2) for kernel in kernels], dim=-1)
             left = (square + left.clamp(min=1e-9).log()).masked_fill(hidden[..., 0, :], -torch.inf)
             index = left.topk(far, dim=-1).indices[..., None].expand(-1, -1, -1, x.shape[-1])
             landmark = torch.cat((landmark, x.gather(2, index)), dim=2)
             log_spread = torch.cat((log_spread, _log_spread(landmark[:, :, -far:], x)), dim=2)
         own, _ = kmeans.nearest(x.detach(), landmark.detach())
         half = landmark.square().sum(-1, keepdim=True) / 2
-        log_spread = log_spread.masked_fill(hidden, -torch.inf)
+        if key_mask is not None:
+            log_spread = log_spread.masked_fill(hidden, -torch.inf)
         top = log_spread.amax((-2, -1), keepdim=True)
         top = top.masked_fill(top == -torch.inf, 0)  # all of it padding
         real = real.squeeze(-1)
-        return Landmarks(y @ landmark.mT - half.mT, log_spread, half, _inverse(landmark), own, real, mean, top)
+        return Landmarks(y, landmark, log_spread, half, _inverse(landmark), own, real, mean, top)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, scale: float = 1.0) -> Tensor:
         """Without a sparse part: the long sums in float32, only what passes the inverse in float64."""
         group = q.shape[1] // k.shape[1]
         if group > 1:
             k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-        log_phi, log_spread, half, inverse, own, real, _, top = self._landmarks(q, k, key_mask, scale)
+        y, landmark, log_spread, half, inverse, own, real, _, top = self._landmarks(q, k, key_mask, scale)
         values = v.float()
         shift = log_spread.amax(-1, keepdim=True).clamp(min=TINY)
         spread = (log_spread - shift).exp()
+        del log_spread
         summed = torch.cat((spread @ values, spread.sum(-1, keepdim=True)), dim=-1)  # (B, H, m, e + 1)
+        del spread
         nystrom = inverse @ (summed.double() * (shift - top).double().exp())
         members = kmeans.sums(values, own, self.rank, real), kmeans.counts(own, self.rank, real)
         cluster = torch.cat(members, dim=-1).double() * (half - top).double().exp()
         both = torch.stack((nystrom, cluster))
         both = (both / both.abs().amax((0, -2, -1), keepdim=True).clamp(min=1e-300)).float()
-        phi = (log_phi - log_phi.amax(-1, keepdim=True)).exp()
-        smooth, constant = phi @ both[..., -1:]  # row sums, (B, H, n, 1) each
-        wrong = _wrong(smooth, constant)
-        total = torch.where(wrong, constant, smooth)
-        phi = phi / total.masked_fill(total == 0, 1)
-        # each row reads one of the two: a product twice as long costs less than choosing between two outputs
-        weight = torch.cat((phi.masked_fill(wrong, 0), phi.masked_fill(~wrong, 0)), dim=-1)  # (B, H, n, 2m)
-        return (weight @ torch.cat((both[0], both[1]), dim=-2)[..., :-1]).to(v.dtype)
+        sums, numerators = both[..., -1:], torch.cat((both[0], both[1]), dim=-2)[..., :-1]  # (B, H, 2m, e)
+        out = []
+        for rows in y.split(kmeans.CHUNK, 2):
+            log_phi = _log_phi(rows, landmark, half)
+            phi = (log_phi - log_phi.amax(-1, keepdim=True)).exp()
+            smooth, constant = phi @ sums  # row sums, (B, H, rows, 1) each
+            wrong = _wrong(smooth, constant)
+            total = torch.where(wrong, constant, smooth)
+            phi = phi / total.masked_fill(total == 0, 1)
+            # each row reads one of the two: a product twice as long costs less than choosing between two outputs
+            weight = torch.cat((phi.masked_fill(wrong, 0), phi.masked_fill(~wrong, 0)), dim=-1)  # (B, H, rows, 2m)
+            out.append((weight @ numerators).to(v.dtype))
+        return torch.cat(out, 2)
 
     def summarise(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Summary:
-        log_phi, log_spread, half, inverse, own, real, mean, top = self._landmarks(q, k, key_mask)
+        y, landmark, log_spread, half, inverse, own, real, mean, top = self._landmarks(q, k, key_mask)
+        log_phi = _log_phi(y, landmark, half)
         # the weights alternate in sign, and what the support covers is subtracted: in float64, as in FAVOR+
         shift = log_phi.amax(-1, keepdim=True)
         phi = (log_phi - shift).double().exp()  # (B, H, n, m)
@@ -160,15 +172,25 @@ class Coreset(nn.Module):
         return Summary(shift + top + q.float() @ mean.mT, sums[..., :-1], sums[..., -1:], entries)
 
     def dense(self, q: Tensor, k: Tensor, key_mask: Tensor | None) -> Tensor:
-        log_phi, log_spread, half, inverse, own, real, mean, _ = self._landmarks(q, k, key_mask)
-        phi = (log_phi + q.float() @ mean.mT).double().exp()
+        y, landmark, log_spread, half, inverse, own, real, mean, _ = self._landmarks(q, k, key_mask)
+        phi = (_log_phi(y, landmark, half) + q.float() @ mean.mT).double().exp()
         nystrom = phi @ inverse @ log_spread.double().exp()
         cluster = (phi * half.mT.double().exp()).gather(-1, own[..., None, :].expand_as(nystrom)) * real[..., None, :]
         return torch.where(_wrong(nystrom.sum(-1, keepdim=True), cluster.sum(-1, keepdim=True)), cluster, nystrom)
 
 
+def _chunks(log_spread: Tensor, square: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Runs of keys of (B, H, m, n) and (B, H, n)."""
+    return zip(log_spread.split(kmeans.CHUNK, -1), square.split(kmeans.CHUNK, -1), strict=True)
+
+
 def _wrong(nystrom: Tensor, cluster: Tensor) -> Tensor:
     return (nystrom < LOW * cluster) | (nystrom > HIGH * cluster)
+
+
+def _log_phi(y: Tensor, landmark: Tensor, half: Tensor) -> Tensor:
+    """y.l - |l|^2 / 2, (B, H, rows, m)."""
+    return y @ landmark.mT - half.mT
 
 
 def _log_spread(landmark: Tensor, x: Tensor) -> Tensor:
