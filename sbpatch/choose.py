@@ -57,12 +57,13 @@ class Choice:
     ) -> dict[str, list[Candidate]]:
         """Candidates around those that the budget buys, by site, without those that were measured already."""
         found: dict[str, list[Candidate]] = {}
+        both = self._chosen(budget)
         for name, measured in self.candidates.items():
             i, site = self.sites[name]
             known = {c.name for c in measured}
             around = {
                 new.name: new
-                for chosen in self._chosen(budget)
+                for chosen in both
                 for (owner, _), one in zip(self.heads, chosen, strict=True)
                 if owner == name
                 for new in closer(one, site, site_seed(self.plan.seed, i), moments.get(name), device)
