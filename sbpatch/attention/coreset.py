@@ -7,8 +7,9 @@ up to factors of y and of x, and
     L_ij = exp(y_i.l - |l|^2 / 2) (G_ll + jitter)^-1 g(l, x_j) exp(|x_j|^2 / 2) exp(q_i.mean)    (sums over landmarks l)
 
 is its Nystrom approximation. It interpolates between the landmarks where clusters are piecewise constant. Entries may be
-negative, and a row of them wrong, so each row is checked against the clusters around the same landmarks: their sum,
-exp(y.l) for every key of l, never exceeds the exact one by much (Jensen), and where it says otherwise the row is theirs.
+negative, and a row of them wrong, so each row is checked against the clusters around the same landmarks: each is the mean of
+its keys, so their sum, exp(y.l) for every key of l, never exceeds the exact one (Jensen). A row that falls below it, or rises
+far above, is theirs.
 """
 
 from __future__ import annotations
@@ -25,11 +26,11 @@ from . import kmeans
 from .registry import Geometry, Summary, Tiles, register
 from .tiles import columns, take
 
-JITTER = 1e-3  # on a diagonal of ones: landmarks that coincide share their weight
+JITTER = 1e-5  # on a diagonal of ones: landmarks that coincide share their weight
 FAR = 4  # one landmark in FAR is a key that the centres do not reach; they keep single keys from spoiling all rows
-REACH = 2.0  # where keys lie farther than 1 / sqrt(REACH) from their centre, in root mean square, the kernel is widened
+REACH = 1.0  # where keys lie farther than 1 / sqrt(REACH) from their centre, in root mean square, the kernel is widened
 LARGEST = 600.0  # squared length of a key: exp(LARGEST / 2) is safe in float64
-LOW, HIGH = 0.9, 4.0  # Nystrom row sum over cluster row sum, outside of which the clusters are believed
+LOW, HIGH = 0.97, 4.0  # Nystrom row sum over cluster row sum, outside of which the clusters are believed
 NEGLIGIBLE = 0.01  # nats, in root mean square, that a logit may lose to directions that are left out
 TINY = torch.finfo(torch.float32).min
 
@@ -50,7 +51,8 @@ class Landmarks(NamedTuple):
 
 @register("coreset")
 class Coreset(nn.Module):
-    """`rank` landmarks a head: k-means centres after `steps` Lloyd steps, and a quarter of it the keys they leave farthest.
+    """`rank` landmarks a head: k-means centres after `steps` Lloyd steps, and a quarter of it where these leave keys farthest,
+    all moved to the mean of their keys at last.
 
     `directions`: how many balanced coordinates are kept, those that queries and keys vary in most; all where it is 0.
     Bidirectional: the weights are those of all keys.
@@ -61,7 +63,7 @@ class Coreset(nn.Module):
     to_query: Tensor  # (H, d, directions) P, found at calibration; the identity until then
     to_key: Tensor  # (H, d, directions) R
 
-    def __init__(self, site: Geometry, seed: int, rank: int, steps: int = 2, directions: int = 0) -> None:
+    def __init__(self, site: Geometry, seed: int, rank: int, steps: int = 4, directions: int = 0) -> None:
         super().__init__()
         if rank < 1 or steps < 0:
             raise SbpatchError(f"coreset needs a rank of at least 1 and steps of at least 0, not {rank} and {steps}")
@@ -108,8 +110,9 @@ class Coreset(nn.Module):
             left = (square + left.clamp(min=1e-9).log()).masked_fill(hidden[..., 0, :], -torch.inf)
             index = left.topk(far, dim=-1).indices[..., None].expand(-1, -1, -1, x.shape[-1])
             landmark = torch.cat((landmark, x.gather(2, index)), dim=2)
-            log_spread = torch.cat((log_spread, _log_spread(landmark[:, :, -far:], x)), dim=2)
         own, _ = kmeans.nearest(x.detach(), landmark.detach())
+        landmark = kmeans.means(x, own, landmark, real[..., 0])
+        log_spread = _log_spread(landmark, x)
         half = landmark.square().sum(-1, keepdim=True) / 2
         if key_mask is not None:
             log_spread = log_spread.masked_fill(hidden, -torch.inf)

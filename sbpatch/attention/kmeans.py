@@ -51,6 +51,12 @@ def sums(rows: Tensor, index: Tensor, m: int, keep: Tensor | None) -> Tensor:
     return total
 
 
+def means(rows: Tensor, index: Tensor, centre: Tensor, keep: Tensor) -> Tensor:
+    """Mean of the rows of each cluster, (B, H, m, e); one without any stays where it is."""
+    count = counts(index, centre.shape[-2], keep)
+    return torch.where(count == 0, centre, sums(rows, index, centre.shape[-2], keep) / count.clamp(min=1))
+
+
 def _chunks(rows: Tensor, index: Tensor, keep: Tensor | None) -> Iterator[tuple[Tensor, Tensor]]:
     """Runs of `CHUNK` rows, zero where they are padding, and their clusters."""
     kept = [None] * len(rows.split(CHUNK, 2)) if keep is None else keep.split(CHUNK, 2)
@@ -100,5 +106,5 @@ def lloyd(k: Tensor, key_mask: Tensor | None, m: int, steps: int) -> Tensor:
         turn = (empty.cumsum(-2) - 1).clamp(min=0, max=far.shape[-1] - 1).squeeze(-1)  # the t-th empty cluster takes
         key = far.gather(-1, turn)[..., None].expand(-1, -1, -1, k.shape[-1])  # the t-th farthest key
         moved = torch.where(farthest.gather(-1, turn)[..., None] > 0, k.gather(2, key), centre)
-        centre = torch.where(empty, moved, sums(k, index, m, keep) / count.clamp(min=1))
+        centre = means(k, index, moved, keep)
     return centre
