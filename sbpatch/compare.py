@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from matplotlib.figure import Figure
@@ -30,6 +30,7 @@ METHODS = (
     "window", "window2d", "lsh", "favor", "naive:lsh+favor", "lsh+favor", "window+favor", "bigbird", "strided", "nystromformer",
     "mra2", "clusters", "lsh+clusters", "window2d+clusters", "top-clusters+clusters", "coreset", "auto",
 )  # fmt: skip
+REFINED = "+refine"  # after the name of an allocation: what calibrate --refine makes of it
 
 
 def method_names() -> str:
@@ -50,7 +51,7 @@ def compare(
     methods: Sequence[str],
     budgets: Sequence[float],
     answer: Answer = "classes",
-    allocations: Sequence[Allocation] = (),
+    allocations: Sequence[str] = (),
     seed: int = 0,
     progress: Progress[Any] = no_progress,
 ) -> list[dict[str, Any]]:
@@ -58,8 +59,9 @@ def compare(
 
     A method's parameters come from its budget; of a joined one the split that changes the model's answer least is taken.
     `auto` is what `calibrate` would do: it may give sites unequal budgets. With `allocations` there is a row for each of
-    them, the budget shared out by that rule of `calibrate`, and it is the row's `allocation`. Errors are means over the
-    sites that calibration decided on; one that it left exact has none. Time is the median of a batch, all in one process.
+    them, the budget shared out by that rule of `calibrate`, refined where `+refine` follows its name, and it is the row's
+    `allocation`. Errors are means over the sites that calibration decided on; one that it left exact has none. Time is the
+    median of a batch, all in one process.
 
     Raises:
         SbpatchError: an unknown method; one that cannot work in a budget is left out, with the reason as its row's `skipped`.
@@ -76,12 +78,22 @@ def compare(
 
     exact, ms = answers()
     rows: list[dict[str, Any]] = [{"method": "exact", "budget": 1.0} | _figures(exact, exact, ms)]
-    rules: Sequence[Allocation | None] = allocations or [None]
+    rules: Sequence[str | None] = allocations or [None]
     for method, budget, asked in progress([(m, b, a) for b in budgets for m in methods for a in rules], "comparing"):
         named = {"method": method} | ({"allocation": asked} if asked else {})
         try:
-            rule: Allocation = asked or ("joint" if method == "auto" else "measured")
-            plan = calibrate(model, sample, budget=budget, method=method, seed=seed, allocation=rule, answer=answer)
+            rule = asked or ("joint" if method == "auto" else "measured")
+            allocation, refine = cast(Allocation, rule.removesuffix(REFINED)), rule.endswith(REFINED)
+            plan = calibrate(
+                model,
+                sample,
+                budget=budget,
+                method=method,
+                seed=seed,
+                allocation=allocation,
+                answer=answer,
+                refine=refine,
+            )
         except SbpatchError as error:
             if str(error).startswith("unknown attention method"):
                 raise

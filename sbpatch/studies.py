@@ -55,7 +55,10 @@ def compare_command(
     budgets: Annotated[str, typer.Option("--budgets", help="comma-separated shares")] = "0.03",
     allocations: Annotated[
         str | None,
-        typer.Option("--allocations", help=f"comma-separated, a row each: {', '.join(ALLOCATIONS)}; see calibrate"),
+        typer.Option(
+            "--allocations",
+            help=f"comma-separated, a row each: {', '.join(ALLOCATIONS)}, also with {compare.REFINED}; see calibrate",
+        ),
     ] = None,
     samples: Annotated[int, typer.Option("--samples", min=1, help="to calibrate and measure errors on")] = 8,
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="evaluate on that many samples")] = None,
@@ -123,9 +126,10 @@ def _share(text: str) -> float:
         raise SbpatchError(f"budget '{text}' is not a number such as 0.03") from None
 
 
-def _allocation(text: str) -> Allocation:
-    if text not in ALLOCATIONS:
-        raise SbpatchError(f"unknown allocation '{text}': known are {', '.join(ALLOCATIONS)}")
+def _allocation(text: str) -> str:
+    if text.removesuffix(compare.REFINED) not in ALLOCATIONS:
+        known = f"{', '.join(ALLOCATIONS)}, each also with {compare.REFINED}"
+        raise SbpatchError(f"unknown allocation '{text}': known are {known}")
     return text
 
 

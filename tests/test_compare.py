@@ -110,17 +110,19 @@ def test_allocations_of_one_method(model: nn.Module, answer: Answer, quality: se
     else:
         subject = tiny_text.bert() if answer == "features" else tiny_text.llama()
         x, labels = texts(2, 256)
+    rules = [*ALLOCATIONS, "joint+refine"]
     rows = compare.compare(
-        subject, [x], [(x, labels)], methods=["auto"], budgets=[0.5], allocations=ALLOCATIONS, answer=answer
+        subject, [x], [(x, labels)], methods=["auto"], budgets=[0.5], allocations=rules, answer=answer
     )
-    assert [row.get("allocation") for row in rows] == [None, *ALLOCATIONS]
-    assert [compare.label(row) for row in rows] == ["exact", *(f"auto ({rule})" for rule in ALLOCATIONS)]
+    assert [row.get("allocation") for row in rows] == [None, *rules]
+    assert [compare.label(row) for row in rows] == ["exact", *(f"auto ({rule})" for rule in rules)]
     assert {row["method"] for row in rows[1:]} == {"auto"}
     for row in rows[1:]:
         assert quality <= row.keys()
         assert row["budget"] <= 0.5
-        plan = calibrate(subject, [x], budget=0.5, answer=answer, allocation=row["allocation"])
-        assert plan.allocation == row["allocation"]
+        rule, _, refine = row["allocation"].partition("+")
+        plan = calibrate(subject, [x], budget=0.5, answer=answer, allocation=rule, refine=bool(refine))
+        assert plan.allocation == rule
         assert row["budget"] == plan.budget.used
         errors = [site.output_error if site.decision == "patch" else 0 for site in plan.sites if site.method]
         assert row["output_error"] == pytest.approx(sum(errors) / len(errors))  # type: ignore[arg-type]
