@@ -15,7 +15,6 @@ far above, is theirs.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import ClassVar, Literal, NamedTuple
 
 import torch
@@ -42,7 +41,7 @@ class Landmarks(NamedTuple):
     landmark: Tensor  # (B, H, m, directions)
     log_spread: Tensor  # (B, H, m, n) logarithm of g(l, x) exp(|x|^2 / 2) = exp(l.x - |l|^2 / 2); -inf at padding
     half: Tensor  # (B, H, m, 1) |l|^2 / 2
-    inverse: Tensor  # (B, H, m, m) (G_ll + jitter)^-1; float64
+    gram: Tensor  # (B, H, m, m) G_ll + jitter; float64
     own: Tensor  # (B, H, n) nearest landmark of each key
     real: Tensor  # (B, 1, n) 1 for keys, 0 for padding
     mean: Tensor  # (B, H, 1, d) of the keys
@@ -101,13 +100,9 @@ class Coreset(nn.Module):
         width = torch.maximum(REACH * radius, length / LARGEST).clamp(min=1).sqrt()
         x, y, landmark = x / width, y * width, centre / width
         hidden = real.mT == 0
-        log_spread = _log_spread(landmark, x)
-        if far:  # by what is left of exp(x.x) beside the centres, as a pivoted Cholesky would
-            square = x.square().sum(-1)  # (B, H, n)
-            inverse = _inverse(landmark).float()
-            kernels = ((part - s[..., None, :] / 2).exp() for part, s in _chunks(log_spread, square))
-            left = torch.cat([1 - (inverse @ kernel * kernel).sum(-2) for kernel in kernels], dim=-1)
-            left = (square + left.clamp(min=1e-9).log()).masked_fill(hidden[..., 0, :], -torch.inf)
+        if far:  # by what is left of exp(x.x) beside the nearest centre, 1 - g(l, x)^2, as a pivoted Cholesky would
+            left = -torch.expm1(-(distance / width.square()[..., 0]).clamp(min=1e-9))
+            left = (x.square().sum(-1) + left.log()).masked_fill(hidden[..., 0, :], -torch.inf)
             index = left.topk(far, dim=-1).indices[..., None].expand(-1, -1, -1, x.shape[-1])
             landmark = torch.cat((landmark, x.gather(2, index)), dim=2)
         own, _ = kmeans.nearest(x.detach(), landmark.detach())
@@ -119,41 +114,37 @@ class Coreset(nn.Module):
         top = log_spread.amax((-2, -1), keepdim=True)
         top = top.masked_fill(top == -torch.inf, 0)  # all of it padding
         real = real.squeeze(-1)
-        return Landmarks(y, landmark, log_spread, half, _inverse(landmark), own, real, mean, top)
+        return Landmarks(y, landmark, log_spread, half, _gram(landmark), own, real, mean, top)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, scale: float = 1.0) -> Tensor:
-        """Without a sparse part: the long sums in float32, only what passes the inverse in float64."""
+        """Without a sparse part: the long sums in float32, only what is solved in float64."""
         group = q.shape[1] // k.shape[1]
         if group > 1:
             k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-        y, landmark, log_spread, half, inverse, own, real, _, top = self._landmarks(q, k, key_mask, scale)
+        y, landmark, log_spread, half, gram, own, real, _, top = self._landmarks(q, k, key_mask, scale)
         values = v.float()
         shift = log_spread.amax(-1, keepdim=True).clamp(min=TINY)
         spread = (log_spread - shift).exp()
         del log_spread
         summed = torch.cat((spread @ values, spread.sum(-1, keepdim=True)), dim=-1)  # (B, H, m, e + 1)
         del spread
-        nystrom = inverse @ (summed.double() * (shift - top).double().exp())
+        nystrom = _solve(gram, summed.double() * (shift - top).double().exp())
         members = kmeans.sums(values, own, self.rank, real), kmeans.counts(own, self.rank, real)
         cluster = torch.cat(members, dim=-1).double() * (half - top).double().exp()
         both = torch.stack((nystrom, cluster))
         both = (both / both.abs().amax((0, -2, -1), keepdim=True).clamp(min=1e-300)).float()
-        sums, numerators = both[..., -1:], torch.cat((both[0], both[1]), dim=-2)[..., :-1]  # (B, H, 2m, e)
+        both = torch.cat((both[0], both[1]), dim=-1)  # (B, H, m, 2 (e + 1))
         out = []
         for rows in y.split(kmeans.CHUNK, 2):
             log_phi = _log_phi(rows, landmark, half)
-            phi = (log_phi - log_phi.amax(-1, keepdim=True)).exp()
-            smooth, constant = phi @ sums  # row sums, (B, H, rows, 1) each
-            wrong = _wrong(smooth, constant)
-            total = torch.where(wrong, constant, smooth)
-            phi = phi / total.masked_fill(total == 0, 1)
-            # each row reads one of the two: a product twice as long costs less than choosing between two outputs
-            weight = torch.cat((phi.masked_fill(wrong, 0), phi.masked_fill(~wrong, 0)), dim=-1)  # (B, H, rows, 2m)
-            out.append((weight @ numerators).to(v.dtype))
+            smooth, constant = ((log_phi - log_phi.amax(-1, keepdim=True)).exp() @ both).chunk(2, -1)
+            sums = torch.where(_wrong(smooth[..., -1:], constant[..., -1:]), constant, smooth)  # (B, H, rows, e + 1)
+            total = sums[..., -1:]
+            out.append((sums[..., :-1] / total.masked_fill(total == 0, 1)).to(v.dtype))
         return torch.cat(out, 2)
 
     def summarise(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Summary:
-        y, landmark, log_spread, half, inverse, own, real, mean, top = self._landmarks(q, k, key_mask)
+        y, landmark, log_spread, half, gram, own, real, mean, top = self._landmarks(q, k, key_mask)
         log_phi = _log_phi(y, landmark, half)
         # the weights alternate in sign, and what the support covers is subtracted: in float64, as in FAVOR+
         shift = log_phi.amax(-1, keepdim=True)
@@ -161,11 +152,11 @@ class Coreset(nn.Module):
         spread = (log_spread - top).double().exp()
         values = torch.cat((v, torch.ones_like(v[..., :1])), dim=-1).double()
         height = (half - top).double().exp()  # (B, H, m, 1) exp(y.l) = phi height
-        nystrom = phi @ (inverse @ (spread @ values))
+        nystrom = phi @ _solve(gram, spread @ values)
         cluster = phi @ (height * kmeans.sums(values, own, self.rank, real.double()))
         wrong = _wrong(nystrom[..., -1:], cluster[..., -1:])  # (B, H, n, 1)
         sums = torch.where(wrong, cluster, nystrom)
-        weight, level = phi @ inverse, phi * height.mT
+        weight, level = _solve(gram, phi.mT).mT, phi * height.mT
 
         def entries(tiles: Tiles) -> Tensor:
             smooth = take(weight, tiles.query) @ take(spread.mT, tiles.key).mT
@@ -175,16 +166,11 @@ class Coreset(nn.Module):
         return Summary(shift + top + q.float() @ mean.mT, sums[..., :-1], sums[..., -1:], entries)
 
     def dense(self, q: Tensor, k: Tensor, key_mask: Tensor | None) -> Tensor:
-        y, landmark, log_spread, half, inverse, own, real, mean, _ = self._landmarks(q, k, key_mask)
+        y, landmark, log_spread, half, gram, own, real, mean, _ = self._landmarks(q, k, key_mask)
         phi = (_log_phi(y, landmark, half) + q.float() @ mean.mT).double().exp()
-        nystrom = phi @ inverse @ log_spread.double().exp()
+        nystrom = phi @ torch.linalg.inv(gram) @ log_spread.double().exp()
         cluster = (phi * half.mT.double().exp()).gather(-1, own[..., None, :].expand_as(nystrom)) * real[..., None, :]
         return torch.where(_wrong(nystrom.sum(-1, keepdim=True), cluster.sum(-1, keepdim=True)), cluster, nystrom)
-
-
-def _chunks(log_spread: Tensor, square: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Runs of keys of (B, H, m, n) and (B, H, n)."""
-    return zip(log_spread.split(kmeans.CHUNK, -1), square.split(kmeans.CHUNK, -1), strict=True)
 
 
 def _wrong(nystrom: Tensor, cluster: Tensor) -> Tensor:
@@ -201,13 +187,19 @@ def _log_spread(landmark: Tensor, x: Tensor) -> Tensor:
     return landmark @ x.mT - landmark.square().sum(-1, keepdim=True) / 2
 
 
-def _inverse(landmark: Tensor) -> Tensor:
-    """(G_ll + jitter)^-1, (B, H, m, m) float64."""
+def _gram(landmark: Tensor) -> Tensor:
+    """G_ll + jitter, (B, H, m, m) float64."""
     landmark = landmark.double()
     half = landmark.square().sum(-1, keepdim=True) / 2
     gram = (landmark @ landmark.mT - half - half.mT).exp()
-    gram = gram + JITTER * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-    return newton_inverse(gram) if torch.compiler.is_exporting() else torch.linalg.inv(gram)
+    return gram + JITTER * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+
+
+def _solve(gram: Tensor, right: Tensor) -> Tensor:
+    """gram^-1 right; without the check for NaN, which would wait for the device."""
+    if torch.compiler.is_exporting():
+        return newton_inverse(gram) @ right
+    return torch.cholesky_solve(right, torch.linalg.cholesky_ex(gram)[0])
 
 
 def newton_inverse(gram: Tensor) -> Tensor:
