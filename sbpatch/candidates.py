@@ -27,21 +27,17 @@ FINE, COARSE = 2 ** (1 / 3), 2**0.5  # steps between the budgets tried at a head
 FEW_HEADS = 16  # of all sites together, up to which the steps are fine
 LOWEST, HIGHEST = 1 / 8, 16.0  # budgets tried, in multiples of the one asked for; from 1 / 4 on where steps are fine
 LARGEST = 0.75  # share of a row above which only exact attention is tried
-CLOSER = (
-    2 ** (-1 / 3),
-    2 ** (-1 / 6),
-    1.0,
-    2 ** (1 / 6),
-    2 ** (1 / 3),
-)  # times what a choice stores: a second look, round it
+CLOSER = tuple(2 ** (step / 6) for step in (-2, -1, 0, 1, 2))  # times what a choice stores: a second look, round it
 OTHERWISE = (-0.15, 0.0, 0.15)  # added to the low-rank share of such a choice
 SHARES = (0.5,)  # of a budget for the low-rank part, beside 0, 1 and the entropy's
+RETRIEVING = ("top-clusters",)
+RETRIEVING_SHARES = (0.25, 0.5)  # where the sparse part finds the largest keys, few clusters are enough for the others
 CAUSAL_SHARES = (0.3,)  # few clusters go far, and the window has to reach over a chunk of them
 CAUSAL_LEAST = {"window": 0, "sinks": 4, "pages": 28}  # keys that a sparse part reads beside that window, at least
 PEAKED = 0.8  # entropy / ln n below which a query's largest keys are looked for by content, not only by place
 GAINS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, -0.5)  # of the low-rank part beside a sparse one, in nats
 PROMISING = 1.25  # times the lowest error at no higher cost: what the first look must not exceed
-SIMPLER = 0.6  # of the error of a method of one part, at no higher cost: what a joined one must get below
+SIMPLER = 0.8  # of the root of the damage of a method of one part, at no higher cost: what a joined one must get below
 
 
 @dataclass
@@ -172,7 +168,8 @@ def candidates_for(
             sparse, low_rank = parse_method(joined)
             prefix = NAIVE if joined.startswith(NAIVE) else ""
             for share in _shares(sparse, low_rank, site, allocation, alone=joint or method == "auto"):
-                slow = sparse == "pages" if site.causal else 0 < share < 1 and heads <= FEW_HEADS
+                joins = 0 < share < 1 and heads <= FEW_HEADS and sparse not in RETRIEVING
+                slow = sparse == "pages" if site.causal else joins
                 if slow and level % 2:
                     continue  # in coarser steps: they are many
                 stored = share_of_row * site.geometry.row_keys
@@ -229,7 +226,8 @@ def _shares(
         return [0.5, 1.0, 0.0]
     if allocation == "entropy":
         return [site.entropy_ratio, 1.0, 0.0]
-    grid = CAUSAL_SHARES if site.causal else (site.entropy_ratio, *SHARES)
+    shares = RETRIEVING_SHARES if sparse in RETRIEVING else SHARES
+    grid = CAUSAL_SHARES if site.causal else (site.entropy_ratio, *shares)
     return [1.0, 0.0, *grid] if alone else grid
 
 
@@ -281,7 +279,7 @@ def worth_their_time(tried: Sequence[Candidate], head: int) -> list[Candidate]:
     alone = [c for c in tried if not c.joined]
 
     def limit(candidate: Candidate) -> float:
-        affordable = (float(c.errors[head]) for c in alone if c.entries() <= candidate.entries())
-        return SIMPLER * min(affordable, default=math.inf)
+        affordable = (float(c.damages[head]) for c in alone if c.entries() <= candidate.entries())
+        return SIMPLER**2 * min(affordable, default=math.inf)
 
-    return [c for c in tried if not c.joined or float(c.errors[head]) < limit(c)]
+    return [c for c in tried if not c.joined or float(c.damages[head]) < limit(c)]

@@ -8,7 +8,7 @@ all sites; errors of different tokens are taken as independent, so damage = sum 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -20,11 +20,15 @@ from .inputs import Inputs, run
 from .models import Answer
 from .sites import swapped
 
+# Random directions a sample: one answer needs several, or a candidate's damage is mostly the luck of the draw; a text's are
+# as many as its positions.
+DIRECTIONS: Mapping[Answer, int] = {"classes": 4, "features": 4, "next-token": 1, "tokens": 1}
+
 
 def answer_gradients(
     model: nn.Module, names: Sequence[str], inputs: Inputs, answer: Answer, seed: int
 ) -> dict[str, Tensor]:
-    """Gradient of one random direction of the answer at the output of each named site: {name: (B, H, n, d)}, float32.
+    """Gradients of random directions of the answer at the output of each named site: {name: (R, B, H, n, d)}, float32.
 
     Logits over a vocabulary: log p of a token drawn from the model's own distribution, summed over positions. Class logits
     and features: a Gaussian direction, so that confident answers count as much as doubtful ones.
@@ -47,22 +51,28 @@ def answer_gradients(
         _frozen(model),
         swapped(model, {name: recorder(name) for name in names}),  # type: ignore[misc]
     ):
-        scalar = _direction(run(model, inputs), inputs, answer, seed)
-        reached = [name for name in names if name in outputs]
-        found = torch.autograd.grad(scalar, [outputs[name] for name in reached], allow_unused=True)
-    return {
-        name: torch.zeros_like(outputs[name], dtype=torch.float32) if g is None else g.float()
-        for name, g in zip(reached, found, strict=True)
-    }
+        directions = _directions(run(model, inputs), inputs, answer, seed)
+        reached = {name: outputs[name] for name in names if name in outputs}
+        found = [
+            torch.autograd.grad(
+                scalar, list(reached.values()), retain_graph=True, allow_unused=True, materialize_grads=True
+            )
+            for scalar in directions
+        ]
+    return {name: torch.stack(draws).float() for name, draws in zip(reached, zip(*found, strict=True), strict=True)}
 
 
 def damage(output: Tensor, exact: Tensor, gradient: Tensor) -> Tensor:
-    """Sum over tokens of (g_t . (O'_t - O_t))^2 per sample and head: three times (B, H, n, d) -> (B, H)."""
-    return ((output - exact).float() * gradient).sum(-1).square().sum(-1)
+    """Sum over tokens of (g_t . (O'_t - O_t))^2 per sample and head, mean over the gradients (R, B, H, n, d): (B, H)."""
+    return torch.stack([((output - exact).float() * g).sum(-1).square().sum(-1) for g in gradient]).mean(0)
 
 
-def _direction(answers: Tensor, inputs: Inputs, answer: Answer, seed: int) -> Tensor:
+def _directions(answers: Tensor, inputs: Inputs, answer: Answer, seed: int) -> list[Tensor]:
     generator = torch.Generator().manual_seed(seed)
+    return [_direction(answers, inputs, answer, generator) for _ in range(DIRECTIONS[answer])]
+
+
+def _direction(answers: Tensor, inputs: Inputs, answer: Answer, generator: torch.Generator) -> Tensor:
     if answer in ("next-token", "tokens"):
         logits = answers.flatten(0, 1)  # (B * n, vocabulary)
         if not isinstance(inputs, Tensor) and "attention_mask" in inputs:

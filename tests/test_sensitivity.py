@@ -8,7 +8,7 @@ from tiny import t2t
 from torch import Tensor, nn
 
 from sbpatch.calls import Call
-from sbpatch.sensitivity import answer_gradients, damage
+from sbpatch.sensitivity import DIRECTIONS, answer_gradients, damage
 from sbpatch.sites import find_sites, swapped
 
 IMAGES = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(3))
@@ -71,15 +71,16 @@ def test_a_language_model_s_damage_is_twice_the_divergence_of_a_small_change():
 
 
 def test_gradients_of_all_sites_at_once():
-    """Against a finite difference: the answer moves along the drawn direction by g . D."""
+    """Against a finite difference: the answer moves along each drawn direction by g . D."""
     model = t2t()
     names = [site.name for site in find_sites(model, IMAGES[:1])]
     found = answer_gradients(model, names, IMAGES, "classes", 7)
-    direction = torch.randn(2, 5, generator=torch.Generator().manual_seed(7))
+    generator = torch.Generator().manual_seed(7)
+    directions = [torch.randn(2, 5, generator=generator) for _ in range(DIRECTIONS["classes"])]
     with torch.inference_mode():
         before = model(IMAGES)
         for name in names:
-            change = 1e-3 * torch.randn(found[name].shape)
+            change = 1e-3 * torch.randn(found[name].shape[1:])
 
             def moved(call: Call, change: Tensor = change) -> Tensor:
                 return call.exact() + change
@@ -87,8 +88,9 @@ def test_gradients_of_all_sites_at_once():
             with swapped(model, {name: moved}):
                 after = model(IMAGES)
             logits = (after - before) - (after - before).mean(-1, keepdim=True)
-            expected = float((logits * direction).sum())
-            assert float((found[name] * change).sum()) == pytest.approx(expected, rel=0.05, abs=2e-4)
+            for gradient, direction in zip(found[name], directions, strict=True):
+                expected = float((logits * direction).sum())
+                assert float((gradient * change).sum()) == pytest.approx(expected, rel=0.05, abs=2e-4)
 
 
 def test_weights_keep_their_flags_and_get_no_gradients():
