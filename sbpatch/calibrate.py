@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatch
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -37,13 +37,26 @@ from .sites import Site, find_sites
 from .trial import Trial
 
 MIN_TOKENS = 256  # below this, exact attention is one small fused call that no patch beats
-# Samples that candidates are measured on: all of them on the first few, the promising ones on the rest. Each position of a
-# text's logits is an answer of its own, so fewer texts say as much.
-SCREENED: Mapping[Answer, tuple[int, int]] = {
-    "classes": (2, 8),
-    "features": (2, 8),
-    "next-token": (1, 3),
-    "tokens": (1, 4),
+
+
+class Screen(NamedTuple):
+    """Samples to choose on: all candidates are measured on the first few, the promising ones on a part of what there is."""
+
+    first: int
+    least: int
+    most: int
+    one_in: int
+
+    def of(self, samples: int) -> int:
+        return min(max(samples // self.one_in, self.least), self.most)
+
+
+# Each position of a text's logits is an answer of its own, so fewer texts say as much.
+SCREENED: Mapping[Answer, Screen] = {
+    "classes": Screen(2, 8, 32, 4),
+    "features": Screen(2, 8, 32, 4),
+    "next-token": Screen(1, 3, 8, 16),
+    "tokens": Screen(1, 4, 8, 16),
 }
 CHECKED: Mapping[Answer, int] = {"classes": 1024, "features": 256, "next-token": 8, "tokens": 32}
 WIDE = 0.06  # budget around which candidates are tried where none is given
@@ -116,7 +129,8 @@ def calibrate(
         raise SbpatchError(f"nothing to patch among {len(plan.sites)} attention sites ({reasons})")
     answer = answer or _answer(model, batches[0], plan)
 
-    first, screened = SCREENED[answer]
+    first, least = SCREENED[answer].first, SCREENED[answer].least
+    screened = SCREENED[answer].of(sum(map(batch.count, batches)))
     screen = _first_samples(batches, screened)
     unseen = _first_samples(_after(batches, screened), CHECKED[answer])
     trial = Trial(model, plan, answer, journal or Journal(None, ""), progress)
@@ -144,7 +158,7 @@ def calibrate(
             f"nothing to patch: with {plan.budget.requested:g} of the entries every one of {len(plan.sites)} sites is best "
             "left exact; lower --budget, or allow a larger --max-drop"
         )
-    plan = learn(model, plan, screen, answer, REFINED if refine else LEARNED, progress)
+    plan = learn(model, plan, _first_samples(screen, least), answer, REFINED if refine else LEARNED, progress)
     check_plan(plan, check)
     return plan
 

@@ -16,7 +16,7 @@ from sbpatch.allocate import Curve, allocate
 from sbpatch.attention import Geometry, Scatterbrain
 from sbpatch.attention.per_head import Exact
 from sbpatch.attention.reference import exact_matrix, scatterbrain_matrix
-from sbpatch.calibrate import _after, _first_samples, calibrate
+from sbpatch.calibrate import SCREENED, _after, _first_samples, calibrate
 from sbpatch.candidates import Candidate, closer
 from sbpatch.choose import _layer_of
 from sbpatch.fidelity import matrix_error, output_error, row_entropy
@@ -411,3 +411,10 @@ def test_coordinates_of_landmarks_come_from_the_sample_and_stay_with_their_heads
     joined = _layer_of([few, many, few], site, 0)
     torch.testing.assert_close(joined.layers[0].low_rank.to_key, layers[0].low_rank.to_key[[0, 2]])
     torch.testing.assert_close(joined.layers[1].low_rank.to_query, layers[1].low_rank.to_query[[1]])
+
+
+def test_more_samples_shape_the_choice_and_leave_most_to_check_it():
+    plan = calibrate(t2t(), [torch.randn(8, 3, 64, 64) for _ in range(5)], budget=0.3, min_tokens=200)
+    assert plan.check is not None
+    assert plan.check["samples"] == 30  # ten of 40 to choose by
+    assert [SCREENED["classes"].of(count) for count in (1, 8, 32, 60, 128, 5000)] == [8, 8, 8, 15, 32, 32]
