@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from . import inputs as batch
 from .attention import parse_method
-from .candidates import FEW_HEADS, Allocation, Candidate, Objective, built, candidates_for, promising, site_seed
+from .candidates import FEW_HEADS, Allocation, Candidate, Objective, built, candidates_for, site_seed
 from .check import Check, check_plan, pick, smallest_that_keeps
 from .choose import Choice
 from .errors import SbpatchError
@@ -33,8 +33,10 @@ from .plan import Budget, Decision, Plan, SitePlan
 from .progress import Progress, no_progress
 from .recipe import SiteSetting, check_patterns
 from .refine import LEARNED, REFINED, learn
+from .sensitivity import DIRECTIONS
 from .sites import Site, find_sites
 from .trial import Trial
+from .weigh import coherence, promising
 
 MIN_TOKENS = 256  # below this, exact attention is one small fused call that no patch beats
 
@@ -142,13 +144,16 @@ def calibrate(
     if any(count > 1 for count in tried.values()):
         look = _first_samples(screen, first)
         trial.measure(candidates, look, "trying splits", timed=timed)
+        _weigh(candidates, answer)
         if allocation == "joint" and max_drop is None and sum(site.heads for site in plan.patched) <= FEW_HEADS:
             found = Choice(plan, candidates, tried, objective, simple).closer(budget, moments, device)
             trial.measure(found, look, "looking closer", timed=timed)
             candidates = {site: layers + found[site] for site, layers in candidates.items()}
+            _weigh(candidates, answer)
             tried = {site: len(layers) for site, layers in candidates.items()}
         candidates = {site: promising(layers, objective) for site, layers in candidates.items()}
         trial.measure(candidates, _after(screen, first), "comparing the best", timed=timed)
+        _weigh(candidates, answer)
     choice = Choice(plan, candidates, tried, objective, simple)
     check = Check(model, answer, screen, unseen, progress)
     plans = choice.plans
@@ -188,6 +193,13 @@ def _answer(model: nn.Module, inputs: Inputs, plan: Plan) -> Answer:
         return "classes"
     tokens = not isinstance(inputs, Tensor) and "input_ids" in inputs
     return "next-token" if tokens and any(site.causal for site in plan.sites) else "features"
+
+
+def _weigh(candidates: Mapping[str, list[Candidate]], answer: Answer) -> None:
+    """Damage by what errors do together, where all tokens of a sample reach one answer; a text's positions have their own."""
+    if DIRECTIONS[answer] > 1:
+        for layers in candidates.values():
+            coherence(layers)
 
 
 def _first_samples(batches: Sequence[Inputs], count: int) -> list[Inputs]:

@@ -19,7 +19,7 @@ from .errors import SbpatchError
 from .fidelity import output_error
 from .measure import elapsed_ms
 from .plan import SitePlan
-from .sensitivity import damage
+from .sensitivity import damages
 
 Objective = Literal["memory", "time"]
 Allocation = Literal["joint", "measured", "entropy", "uniform"]
@@ -36,8 +36,6 @@ CAUSAL_SHARES = (0.3,)  # few clusters go far, and the window has to reach over 
 CAUSAL_LEAST = {"window": 0, "sinks": 4, "pages": 28}  # keys that a sparse part reads beside that window, at least
 PEAKED = 0.8  # entropy / ln n below which a query's largest keys are looked for by content, not only by place
 GAINS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, -0.5)  # of the low-rank part beside a sparse one, in nats
-PROMISING = 1.25  # times the lowest error at no higher cost: what the first look must not exceed
-SIMPLER = 0.8  # of the root of the damage of a method of one part, at no higher cost: what a joined one must get below
 
 
 @dataclass
@@ -47,12 +45,14 @@ class Candidate:
     layer: Layer
     error_sum: Tensor = field(init=False)  # (gains, H) of output errors
     damage_sum: Tensor = field(init=False)  # (gains, H) see sensitivity
+    together_sum: Tensor = field(init=False)  # (gains, H) the same where errors of different tokens add up
+    coherence: float = 1.0  # how much larger that is, see `weigh.coherence`
     seen: int = 0
     ms: list[float] = field(default_factory=list)  # per sample and head, one a batch
 
     def __post_init__(self) -> None:
         shape = (len(self.gains), self.layer.site.heads)
-        self.error_sum, self.damage_sum = (torch.zeros(shape, dtype=torch.float64) for _ in range(2))
+        self.error_sum, self.damage_sum, self.together_sum = (torch.zeros(shape, dtype=torch.float64) for _ in range(3))
 
     @property
     def name(self) -> str:
@@ -76,7 +76,7 @@ class Candidate:
     @property
     def damages(self) -> Tensor:
         """Mean damage of each head at its gain."""
-        return self.damage_sum.gather(0, self.best)[0] / max(self.seen, 1)
+        return self.coherence * self.damage_sum.gather(0, self.best)[0] / max(self.seen, 1)
 
     def learned(self) -> Layer:
         """The layer, with the gains that were best."""
@@ -110,7 +110,9 @@ class Candidate:
         for i, output in enumerate(found):
             output = output.to(exact.dtype)
             self.error_sum[i] += output_error(output, exact, call.key_mask).sum(0).double().cpu()
-            self.damage_sum[i] += damage(output, exact, gradient).sum(0).double().cpu()
+            apart, together = (x.sum(0).double().cpu() for x in damages(output, exact, gradient))
+            self.damage_sum[i] += apart
+            self.together_sum[i] += together
         self.seen += len(exact)
 
 
@@ -260,26 +262,3 @@ def _layer(
         return None  # causal clusters need the window to cover their chunk
     method = "+".join(names)
     return built(prefix + method if len(names) == 2 else method, site, seed, moments, **parameters)
-
-
-def promising(tried: list[Candidate], objective: Objective = "memory") -> list[Candidate]:
-    """Candidates that for some head are near the lowest error, or the lowest damage, of all that cost no more."""
-    best = torch.full((2, tried[0].layer.site.heads), math.inf, dtype=torch.float64)
-    kept = []
-    for candidate in sorted(tried, key=lambda c: (c.cost(objective), float(c.errors.mean()))):
-        found = torch.stack((candidate.errors, candidate.damages.sqrt()))
-        best = torch.minimum(best, found)
-        if bool((found <= PROMISING * best).any()):
-            kept.append(candidate)
-    return kept
-
-
-def worth_their_time(tried: Sequence[Candidate], head: int) -> list[Candidate]:
-    """Methods of one part, and the joined ones that are clearly better: two parts take more time than one of equal size."""
-    alone = [c for c in tried if not c.joined]
-
-    def limit(candidate: Candidate) -> float:
-        affordable = (float(c.damages[head]) for c in alone if c.entries() <= candidate.entries())
-        return SIMPLER**2 * min(affordable, default=math.inf)
-
-    return [c for c in tried if not c.joined or float(c.damages[head]) < limit(c)]

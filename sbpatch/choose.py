@@ -11,9 +11,10 @@ from torch import Tensor
 from .allocate import allocate
 from .attention import Scatterbrain
 from .attention.per_head import Exact, Layer, PerHead
-from .candidates import Candidate, Objective, closer, site_seed, worth_their_time
+from .candidates import Candidate, Objective, closer, site_seed
 from .errors import SbpatchError
 from .plan import Plan, SitePlan, drawn_tensors
+from .weigh import worth_their_time
 
 
 class Choice:

@@ -28,6 +28,7 @@ from .sites import swapped
 LEARNED = (0.06, 0.03)  # steps of ln(sharpness) that every calibration takes; the gain's are GAIN times as long
 REFINED = (0.06, 0.06, 0.03, 0.03, 0.015, 0.015, 0.0075, 0.0075)
 GAIN = 6.0
+HELD = 2  # gradients a sample, see sensitivity
 Knobs = dict[str, Tensor]  # "sharpness" (as its logarithm) and "gain" of the heads of a site, (H,) each
 
 
@@ -41,7 +42,7 @@ def learn(
 ) -> Plan:
     """The plan with the learned tensors that are better on samples they were not learned on.
 
-    Gradients of all samples are held for the time of it: one number for each number that the patched sites put out.
+    Gradients of all samples are held for the time of it: `HELD` numbers for each number that the patched sites put out.
     """
     layers = {name: layer.to(batch.device(batches[0])) for name, layer in plan.layers().items()}
     layers = {name: layer for name, layer in layers.items() if _knobs(layer)}
@@ -49,7 +50,10 @@ def learn(
     if not layers or len(singles) < 2:
         return plan
     seeds = range(plan.seed * 1000 + 500, plan.seed * 1000 + 500 + len(singles))
-    gradients = [answer_gradients(model, list(layers), one, answer, s) for one, s in zip(singles, seeds, strict=True)]
+    gradients = [
+        answer_gradients(model, list(layers), one, answer, s, at_most=HELD)
+        for one, s in zip(singles, seeds, strict=True)
+    ]
     causal = {site.name: site.causal for site in plan.patched}
     search, confirm = range(0, len(singles), 2), range(1, len(singles), 2)
 

@@ -3,7 +3,10 @@
 A small change D of a site's output O moves the answer by J D. Averaged over random directions of the answer with gradient g,
 E (g . D)^2 is its squared length, and for g = d log p(y) / dO with y drawn from the model itself it is twice the
 Kullback-Leibler divergence that the change causes (the Fisher information, to second order). One backward pass gives g for
-all sites; errors of different tokens are taken as independent, so damage = sum over tokens of (g_t . D_t)^2.
+all sites. With errors of different tokens taken as independent, damage = sum over tokens of (g_t . D_t)^2. They are not quite:
+neighbours err alike, and where all tokens reach one answer it moves by (sum of g_t . D_t)^2, on average several times as far.
+That square has far more noise, so candidates are measured by the first, times the ratio of the two over all candidates of a
+method at a site (see `weigh.coherence`).
 """
 
 from __future__ import annotations
@@ -22,13 +25,15 @@ from .sites import swapped
 
 # Random directions a sample: one answer needs several, or a candidate's damage is mostly the luck of the draw; a text's are
 # as many as its positions.
-DIRECTIONS: Mapping[Answer, int] = {"classes": 4, "features": 4, "next-token": 1, "tokens": 1}
+DIRECTIONS: Mapping[Answer, int] = {"classes": 8, "features": 8, "next-token": 1, "tokens": 1}
 
 
 def answer_gradients(
-    model: nn.Module, names: Sequence[str], inputs: Inputs, answer: Answer, seed: int
+    model: nn.Module, names: Sequence[str], inputs: Inputs, answer: Answer, seed: int, at_most: int | None = None
 ) -> dict[str, Tensor]:
     """Gradients of random directions of the answer at the output of each named site: {name: (R, B, H, n, d)}, float32.
+
+    R is that of `DIRECTIONS`, or `at_most`.
 
     Logits over a vocabulary: log p of a token drawn from the model's own distribution, summed over positions. Class logits
     and features: a Gaussian direction, so that confident answers count as much as doubtful ones.
@@ -51,7 +56,8 @@ def answer_gradients(
         _frozen(model),
         swapped(model, {name: recorder(name) for name in names}),  # type: ignore[misc]
     ):
-        directions = _directions(run(model, inputs), inputs, answer, seed)
+        count = min(DIRECTIONS[answer], at_most or DIRECTIONS[answer])
+        directions = _directions(run(model, inputs), inputs, answer, seed, count)
         reached = {name: outputs[name] for name in names if name in outputs}
         found = [
             torch.autograd.grad(
@@ -64,12 +70,19 @@ def answer_gradients(
 
 def damage(output: Tensor, exact: Tensor, gradient: Tensor) -> Tensor:
     """Sum over tokens of (g_t . (O'_t - O_t))^2 per sample and head, mean over the gradients (R, B, H, n, d): (B, H)."""
-    return torch.stack([((output - exact).float() * g).sum(-1).square().sum(-1) for g in gradient]).mean(0)
+    return damages(output, exact, gradient)[0]
 
 
-def _directions(answers: Tensor, inputs: Inputs, answer: Answer, seed: int) -> list[Tensor]:
+def damages(output: Tensor, exact: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    """`damage`, and the same with the square outside the sum: what it is where errors of different tokens add up."""
+    moved = [((output - exact).float() * g).sum(-1) for g in gradient]  # R times (B, H, n)
+    apart, together = ([x.square().sum(-1) for x in moved], [x.sum(-1).square() for x in moved])
+    return torch.stack(apart).mean(0), torch.stack(together).mean(0)
+
+
+def _directions(answers: Tensor, inputs: Inputs, answer: Answer, seed: int, count: int) -> list[Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    return [_direction(answers, inputs, answer, generator) for _ in range(DIRECTIONS[answer])]
+    return [_direction(answers, inputs, answer, generator) for _ in range(count)]
 
 
 def _direction(answers: Tensor, inputs: Inputs, answer: Answer, generator: torch.Generator) -> Tensor:

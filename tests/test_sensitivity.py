@@ -7,8 +7,12 @@ import torch
 from tiny import t2t
 from torch import Tensor, nn
 
+from sbpatch import weigh
+from sbpatch.attention import Geometry, Scatterbrain
+from sbpatch.attention.per_head import Exact
 from sbpatch.calls import Call
-from sbpatch.sensitivity import DIRECTIONS, answer_gradients, damage
+from sbpatch.candidates import Candidate
+from sbpatch.sensitivity import DIRECTIONS, answer_gradients, damage, damages
 from sbpatch.sites import find_sites, swapped
 
 IMAGES = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(3))
@@ -102,3 +106,24 @@ def test_weights_keep_their_flags_and_get_no_gradients():
     assert {name: p.requires_grad for name, p in model.named_parameters()} == flags
     assert all(p.grad is None for p in model.parameters())
     assert not any(hasattr(m, "sbpatch") for m in model.modules())
+
+
+def test_errors_that_add_up_do_more_damage_than_errors_that_cancel():
+    """Errors that are alike at all n tokens move the answer n^2 times as far, squared, independent ones n times."""
+    gradient, n = torch.ones(3, 1, 2, 50, 4), 50
+    alike, exact = torch.full((1, 2, n, 4), 0.1), torch.zeros(1, 2, n, 4)
+    apart, together = damages(alike, exact, gradient)
+    torch.testing.assert_close(together, n * apart)
+    assert torch.equal(apart, damage(alike, exact, gradient))
+    signs = torch.tensor([1.0, -1.0]).repeat(n // 2)[:, None]
+    assert float(damages(alike * signs, exact, gradient)[1].max()) < 1e-9
+    site = Geometry(n, 2, 4)
+    tried = [Candidate(Scatterbrain("clusters", site, 0, rank=rank)) for rank in (2, 8)]
+    tried.append(Candidate(Exact(site)))
+    for candidate, size in zip(tried, (1.0, 0.01, 0.0), strict=True):
+        candidate.damage_sum += size * apart.double()
+        candidate.together_sum += size * together.double()
+        candidate.seen = 1
+    weigh.coherence(tried)
+    assert [candidate.coherence for candidate in tried] == pytest.approx([n, n, 1.0])
+    torch.testing.assert_close(tried[0].damages, together[0].double())
