@@ -61,7 +61,7 @@ SCREENED: Mapping[Answer, Screen] = {
     "tokens": Screen(1, 4, 8, 16),
 }
 CHECKED: Mapping[Answer, int] = {"classes": 1024, "features": 256, "next-token": 8, "tokens": 32}
-WIDE = 0.06  # budget around which candidates are tried where none is given
+WIDE = 0.06  # share of the entries around which candidates are tried where the budget is none of entries
 
 
 @torch.inference_mode()
@@ -137,7 +137,8 @@ def calibrate(
     unseen = _first_samples(_after(batches, screened), CHECKED[answer])
     trial = Trial(model, plan, answer, journal or Journal(None, ""), progress)
     moments = trial.profile(screen)
-    around, device = WIDE if max_drop is not None else budget, batch.device(batches[0])
+    device = batch.device(batches[0])
+    around = budget if max_drop is None and objective == "memory" else WIDE
     candidates = _candidates(plan, moments, around, method, allocation, fixed, device)
     tried = {site: len(layers) for site, layers in candidates.items()}
     timed, simple = objective == "time", method == "auto" and objective == "memory"
