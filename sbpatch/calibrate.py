@@ -131,8 +131,8 @@ def calibrate(
         raise SbpatchError(f"nothing to patch among {len(plan.sites)} attention sites ({reasons})")
     answer = answer or _answer(model, batches[0], plan)
 
-    first, least = SCREENED[answer].first, SCREENED[answer].least
-    screened = SCREENED[answer].of(sum(map(batch.count, batches)))
+    screening = SCREENED[answer]
+    screened = screening.of(sum(map(batch.count, batches)))
     screen = _first_samples(batches, screened)
     unseen = _first_samples(_after(batches, screened), CHECKED[answer])
     trial = Trial(model, plan, answer, journal or Journal(None, ""), progress)
@@ -143,7 +143,7 @@ def calibrate(
     tried = {site: len(layers) for site, layers in candidates.items()}
     timed, simple = objective == "time", method == "auto" and objective == "memory"
     if any(count > 1 for count in tried.values()):
-        look = _first_samples(screen, first)
+        look = _first_samples(screen, screening.first)
         trial.measure(candidates, look, "trying splits", timed=timed)
         _weigh(candidates, answer)
         if allocation == "joint" and max_drop is None and sum(site.heads for site in plan.patched) <= FEW_HEADS:
@@ -153,7 +153,7 @@ def calibrate(
             _weigh(candidates, answer)
             tried = {site: len(layers) for site, layers in candidates.items()}
         candidates = {site: promising(layers, objective) for site, layers in candidates.items()}
-        trial.measure(candidates, _after(screen, first), "comparing the best", timed=timed)
+        trial.measure(candidates, _after(screen, screening.first), "comparing the best", timed=timed)
         _weigh(candidates, answer)
     choice = Choice(plan, candidates, tried, objective, simple)
     check = Check(model, answer, screen, unseen, progress)
@@ -164,7 +164,7 @@ def calibrate(
             f"nothing to patch: with {plan.budget.requested:g} of the entries every one of {len(plan.sites)} sites is best "
             "left exact; lower --budget, or allow a larger --max-drop"
         )
-    plan = learn(model, plan, _first_samples(screen, least), answer, REFINED if refine else LEARNED, progress)
+    plan = learn(model, plan, _first_samples(screen, screening.least), answer, REFINED if refine else LEARNED, progress)
     check_plan(plan, check)
     return plan
 

@@ -71,12 +71,16 @@ class Candidate:
     @property
     def errors(self) -> Tensor:
         """Mean output error of each head at its gain."""
-        return self.error_sum.gather(0, self.best)[0] / max(self.seen, 1)
+        return self.at_best(self.error_sum) / max(self.seen, 1)
 
     @property
     def damages(self) -> Tensor:
         """Mean damage of each head at its gain."""
-        return self.coherence * self.damage_sum.gather(0, self.best)[0] / max(self.seen, 1)
+        return self.coherence * self.at_best(self.damage_sum) / max(self.seen, 1)
+
+    def at_best(self, sums: Tensor) -> Tensor:
+        """(gains, H) -> (H,), each head at its gain."""
+        return sums.gather(0, self.best)[0]
 
     def learned(self) -> Layer:
         """The layer, with the gains that were best."""
@@ -170,8 +174,8 @@ def candidates_for(
             sparse, low_rank = parse_method(joined)
             prefix = NAIVE if joined.startswith(NAIVE) else ""
             for share in _shares(sparse, low_rank, site, allocation, alone=joint or method == "auto"):
-                joins = 0 < share < 1 and heads <= FEW_HEADS and sparse not in RETRIEVING
-                slow = sparse == "pages" if site.causal else joins
+                joined_by_place = 0 < share < 1 and sparse not in RETRIEVING
+                slow = sparse == "pages" if site.causal else joined_by_place and heads <= FEW_HEADS
                 if slow and level % 2:
                     continue  # in coarser steps: they are many
                 stored = share_of_row * site.geometry.row_keys

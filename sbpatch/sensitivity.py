@@ -60,10 +60,10 @@ def answer_gradients(
         directions = _directions(run(model, inputs), inputs, answer, seed, count)
         reached = {name: outputs[name] for name in names if name in outputs}
         found = [
-            torch.autograd.grad(
-                scalar, list(reached.values()), retain_graph=True, allow_unused=True, materialize_grads=True
+            torch.autograd.grad(  # the last pass frees the activations on its way, as a text's only one must
+                scalar, list(reached.values()), retain_graph=i + 1 < count, materialize_grads=True
             )
-            for scalar in directions
+            for i, scalar in enumerate(directions)
         ]
     return {name: torch.stack(draws).float() for name, draws in zip(reached, zip(*found, strict=True), strict=True)}
 
@@ -75,7 +75,8 @@ def damage(output: Tensor, exact: Tensor, gradient: Tensor) -> Tensor:
 
 def damages(output: Tensor, exact: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
     """`damage`, and the same with the square outside the sum: what it is where errors of different tokens add up."""
-    moved = [((output - exact).float() * g).sum(-1) for g in gradient]  # R times (B, H, n)
+    error = (output - exact).float()
+    moved = [(error * g).sum(-1) for g in gradient]  # R times (B, H, n)
     apart, together = ([x.square().sum(-1) for x in moved], [x.sum(-1).square() for x in moved])
     return torch.stack(apart).mean(0), torch.stack(together).mean(0)
 

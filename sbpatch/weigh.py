@@ -19,10 +19,8 @@ def coherence(tried: Sequence[Candidate]) -> None:
     for candidate in tried:
         by_method.setdefault(candidate.layer.method, []).append(candidate)
     for same in by_method.values():
-        apart, together = (
-            torch.cat([sums.gather(0, c.best)[0] for c, sums in zip(same, all_sums, strict=True)])
-            for all_sums in ([c.damage_sum for c in same], [c.together_sum for c in same])
-        )
+        apart = torch.cat([c.at_best(c.damage_sum) for c in same])
+        together = torch.cat([c.at_best(c.together_sum) for c in same])
         measured = (apart > 0) & (together > 0)
         ratio = float((together[measured] / apart[measured]).log().mean().exp()) if bool(measured.any()) else 1.0
         for candidate in same:

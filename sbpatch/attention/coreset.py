@@ -42,7 +42,7 @@ class Landmarks(NamedTuple):
     log_spread: Tensor  # (B, H, m, n) logarithm of g(l, x) exp(|x|^2 / 2) = exp(l.x - |l|^2 / 2); -inf at padding
     half: Tensor  # (B, H, m, 1) |l|^2 / 2
     gram: Tensor  # (B, H, m, m) G_ll + jitter; float64
-    own: Tensor  # (B, H, n) nearest landmark of each key
+    own: Tensor  # (B, H, n) the landmark that is the mean of this key and others
     real: Tensor  # (B, 1, n) 1 for keys, 0 for padding
     mean: Tensor  # (B, H, 1, d) of the keys
     top: Tensor  # (B, H, 1, 1) largest of log_spread, in whose scale sums are kept
@@ -106,14 +106,14 @@ class Coreset(nn.Module):
             index = left.topk(far, dim=-1).indices[..., None].expand(-1, -1, -1, x.shape[-1])
             landmark = torch.cat((landmark, x.gather(2, index)), dim=2)
         own, _ = kmeans.nearest(x.detach(), landmark.detach())
-        landmark = kmeans.means(x, own, landmark, real[..., 0])
-        log_spread = _log_spread(landmark, x)
+        real = real.squeeze(-1)
+        landmark = kmeans.means(x, own, landmark, kmeans.counts(own, self.rank, real), real)
         half = landmark.square().sum(-1, keepdim=True) / 2
+        log_spread = landmark @ x.mT - half
         if key_mask is not None:
             log_spread = log_spread.masked_fill(hidden, -torch.inf)
         top = log_spread.amax((-2, -1), keepdim=True)
         top = top.masked_fill(top == -torch.inf, 0)  # all of it padding
-        real = real.squeeze(-1)
         return Landmarks(y, landmark, log_spread, half, _gram(landmark), own, real, mean, top)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, scale: float = 1.0) -> Tensor:
@@ -152,11 +152,11 @@ class Coreset(nn.Module):
         spread = (log_spread - top).double().exp()
         values = torch.cat((v, torch.ones_like(v[..., :1])), dim=-1).double()
         height = (half - top).double().exp()  # (B, H, m, 1) exp(y.l) = phi height
-        nystrom = phi @ _solve(gram, spread @ values)
+        weight, level = _solve(gram, phi.mT).mT, phi * height.mT  # (B, H, n, m)
+        nystrom = weight @ (spread @ values)
         cluster = phi @ (height * kmeans.sums(values, own, self.rank, real.double()))
         wrong = _wrong(nystrom[..., -1:], cluster[..., -1:])  # (B, H, n, 1)
         sums = torch.where(wrong, cluster, nystrom)
-        weight, level = _solve(gram, phi.mT).mT, phi * height.mT
 
         def entries(tiles: Tiles) -> Tensor:
             smooth = take(weight, tiles.query) @ take(spread.mT, tiles.key).mT
@@ -180,11 +180,6 @@ def _wrong(nystrom: Tensor, cluster: Tensor) -> Tensor:
 def _log_phi(y: Tensor, landmark: Tensor, half: Tensor) -> Tensor:
     """y.l - |l|^2 / 2, (B, H, rows, m)."""
     return y @ landmark.mT - half.mT
-
-
-def _log_spread(landmark: Tensor, x: Tensor) -> Tensor:
-    """l.x - |l|^2 / 2, (B, H, m, n)."""
-    return landmark @ x.mT - landmark.square().sum(-1, keepdim=True) / 2
 
 
 def _gram(landmark: Tensor) -> Tensor:

@@ -51,9 +51,8 @@ def sums(rows: Tensor, index: Tensor, m: int, keep: Tensor | None) -> Tensor:
     return total
 
 
-def means(rows: Tensor, index: Tensor, centre: Tensor, keep: Tensor) -> Tensor:
-    """Mean of the rows of each cluster, (B, H, m, e); one without any stays where it is."""
-    count = counts(index, centre.shape[-2], keep)
+def means(rows: Tensor, index: Tensor, centre: Tensor, count: Tensor, keep: Tensor) -> Tensor:
+    """Mean of the `count` rows of each cluster, (B, H, m, e); one without any stays at its centre."""
     return torch.where(count == 0, centre, sums(rows, index, centre.shape[-2], keep) / count.clamp(min=1))
 
 
@@ -106,5 +105,5 @@ def lloyd(k: Tensor, key_mask: Tensor | None, m: int, steps: int) -> Tensor:
         turn = (empty.cumsum(-2) - 1).clamp(min=0, max=far.shape[-1] - 1).squeeze(-1)  # the t-th empty cluster takes
         key = far.gather(-1, turn)[..., None].expand(-1, -1, -1, k.shape[-1])  # the t-th farthest key
         moved = torch.where(farthest.gather(-1, turn)[..., None] > 0, k.gather(2, key), centre)
-        centre = means(k, index, moved, keep)
+        centre = means(k, index, moved, count, keep)
     return centre
