@@ -25,6 +25,7 @@ from .attention import parse_method
 from .candidates import FEW_HEADS, Allocation, Candidate, Objective, built, candidates_for, site_seed
 from .check import Check, check_plan, pick, smallest_that_keeps
 from .choose import Choice
+from .costs import CostTable, default_path
 from .errors import SbpatchError
 from .inputs import Inputs
 from .journal import Journal
@@ -38,7 +39,9 @@ from .sites import Site, find_sites
 from .trial import Trial
 from .weigh import coherence, promising
 
-MIN_TOKENS = 256  # below this, exact attention is one small fused call that no patch beats
+MIN_TOKENS = (
+    256  # without the times of the device: below this, exact attention is one small call that hardly any patch beats
+)
 
 
 class Screen(NamedTuple):
@@ -80,6 +83,8 @@ def calibrate(
     exclude: Sequence[str] = (),
     min_tokens: int = MIN_TOKENS,
     fixed: Mapping[str, SiteSetting] = MappingProxyType({}),
+    keep_slow: bool = False,
+    costs: CostTable | None = None,
     refine: bool = False,
     name: str = "",
     journal: Journal | None = None,
@@ -99,10 +104,13 @@ def calibrate(
         allocation: `joint`, or for comparison the budget at every site: `measured` takes the split with the lowest error,
             `entropy` the paper's rule, `uniform` half and half.
         answer: what `inputs.run(model, batch)` gives; by default told from its shape.
-        seed: of everything random; the same seed gives the same plan and the same tensors (not where time is measured).
+        seed: of everything random; the same seed and the same cost table give the same plan and the same tensors.
         include, exclude: shell patterns over site names; a site must match one of `include`, where given.
-        min_tokens: sites with fewer tokens stay exact.
-        fixed: settings by shell pattern over site names, taken as they are instead of a search.
+        min_tokens: with `keep_slow`, sites with fewer tokens stay exact.
+        fixed: settings by shell pattern over site names, taken as they are instead of a search, slow or not.
+        keep_slow: also take patches that are slower than exact attention on this device. By default a site or head where no
+            patch is faster stays exact, and a site without any is set aside before the budget is shared out.
+        costs: the times that decide this; by default those of this machine, measured where they are not known yet.
         refine: take more time to learn what is learned of the chosen layers (see refine).
         journal: keeps what was measured, so that a calibration that was cut off goes on where it was.
 
@@ -125,10 +133,13 @@ def calibrate(
         model=name, seed=seed, budget=Budget(requested=budget), sites=[], objective=objective, allocation=allocation,
         max_drop=max_drop,
     )  # fmt: skip
-    plan.sites = [SitePlan.of(site, *first_decision(site, include, exclude, min_tokens)) for site in sites]
-    if not plan.patched:
-        reasons = "; ".join(f"{s.name}: {s.reason}" for s in plan.sites[:3])
-        raise SbpatchError(f"nothing to patch among {len(plan.sites)} attention sites ({reasons})")
+    device = batch.device(batches[0])
+    if keep_slow and objective == "memory":
+        costs = None
+    else:
+        costs = costs or CostTable(default_path(), device, next(model.parameters()).dtype)
+    plan.sites = [first_decision(site, include, exclude, costs or min_tokens, fixed) for site in sites]
+    _refuse_empty(plan)
     answer = answer or _answer(model, batches[0], plan)
 
     screening = SCREENED[answer]
@@ -137,25 +148,25 @@ def calibrate(
     unseen = _first_samples(_after(batches, screened), CHECKED[answer])
     trial = Trial(model, plan, answer, journal or Journal(None, ""), progress)
     moments = trial.profile(screen)
-    device = batch.device(batches[0])
     around = budget if max_drop is None and objective == "memory" else WIDE
-    candidates = _candidates(plan, moments, around, method, allocation, fixed, device)
+    candidates = _candidates(plan, moments, around, method, allocation, fixed, device, costs)
+    _refuse_empty(plan)
     tried = {site: len(layers) for site, layers in candidates.items()}
-    timed, simple = objective == "time", method == "auto" and objective == "memory"
+    simple = method == "auto" and objective == "memory"
     if any(count > 1 for count in tried.values()):
         look = _first_samples(screen, screening.first)
-        trial.measure(candidates, look, "trying splits", timed=timed)
+        trial.measure(candidates, look, "trying splits")
         _weigh(candidates, answer)
         if allocation == "joint" and max_drop is None and sum(site.heads for site in plan.patched) <= FEW_HEADS:
-            found = Choice(plan, candidates, tried, objective, simple).closer(budget, moments, device)
-            trial.measure(found, look, "looking closer", timed=timed)
+            found = Choice(plan, candidates, tried, objective, simple, costs).closer(budget, moments, device)
+            trial.measure(found, look, "looking closer")
             candidates = {site: layers + found[site] for site, layers in candidates.items()}
             _weigh(candidates, answer)
             tried = {site: len(layers) for site, layers in candidates.items()}
         candidates = {site: promising(layers, objective) for site, layers in candidates.items()}
-        trial.measure(candidates, _after(screen, screening.first), "comparing the best", timed=timed)
+        trial.measure(candidates, _after(screen, screening.first), "comparing the best")
         _weigh(candidates, answer)
-    choice = Choice(plan, candidates, tried, objective, simple)
+    choice = Choice(plan, candidates, tried, objective, simple, costs)
     check = Check(model, answer, screen, unseen, progress)
     plans = choice.plans
     plan = pick(plans(budget), check) if max_drop is None else smallest_that_keeps(plans, max_drop, check)
@@ -170,21 +181,55 @@ def calibrate(
 
 
 def first_decision(
-    site: Site, include: Sequence[str] = (), exclude: Sequence[str] = (), min_tokens: int = MIN_TOKENS
-) -> tuple[Decision, str]:
-    """What can be said of a site before anything is measured, and why."""
+    site: Site,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    limit: CostTable | int = MIN_TOKENS,
+    fixed: Mapping[str, SiteSetting] = MappingProxyType({}),
+) -> SitePlan:
+    """What can be said of a site before anything is measured there, and why.
+
+    `limit`: the times of the device, or in their place the number of tokens from which a site may be patched.
+    """
+
+    def of(decision: Decision, reason: str) -> SitePlan:
+        return SitePlan.of(site, decision, reason)
+
     if site.unsupported:
-        return "unsupported", site.unsupported
+        return of("unsupported", site.unsupported)
     if include and not any(fnmatch(site.name, pattern) for pattern in include):
-        return "exact", "not among --include"
+        return of("exact", "not among --include")
     if any(fnmatch(site.name, pattern) for pattern in exclude):
-        return "exact", "excluded"
-    if site.geometry.tokens < min_tokens:
-        return (
-            "exact",
-            f"{site.geometry.tokens} tokens: under {min_tokens}, exact attention costs too little to gain on",
-        )
-    return "patch", f"{site.geometry.tokens} tokens"
+        return of("exact", "excluded")
+    tokens = f"{site.geometry.tokens} tokens"
+    if any(fnmatch(site.name, pattern) for pattern in fixed):
+        return of("patch", tokens)
+    if isinstance(limit, int):
+        if site.geometry.tokens < limit:
+            return of("exact", f"{tokens}: under {limit}, exact attention costs too little to gain on")
+        return of("patch", tokens)
+    layer = limit.cheapest(site.geometry)
+    if layer is None:
+        return of("exact", f"{tokens}: too few for any patch")
+    if not limit.pays(layer):
+        return set_aside(of("exact", ""), limit, limit.ms(layer))
+    return of("patch", tokens)
+
+
+def set_aside(site: SitePlan, costs: CostTable, fastest: float) -> SitePlan:
+    """Leave a site exact because the fastest patch, in milliseconds a sample, is not faster than exact attention."""
+    site.decision, site.exact_ms, site.patched_ms = "exact", costs.exact_ms(site.geometry), fastest
+    times = f"exact attention takes {site.exact_ms:.3g} ms a sample, the fastest patch {fastest:.3g} ms"
+    site.reason = f"{site.tokens} tokens: {times}"
+    return site
+
+
+def _refuse_empty(plan: Plan) -> None:
+    if not plan.patched:
+        reasons = "; ".join(f"{s.name}: {s.reason}" for s in plan.sites[:3])
+        slow = any(site.patched_ms is not None for site in plan.sites)
+        advice = "; --keep-slow patches all the same, for the memory of eager attention" if slow else ""
+        raise SbpatchError(f"nothing to patch among {len(plan.sites)} attention sites ({reasons}){advice}")
 
 
 def _answer(model: nn.Module, inputs: Inputs, plan: Plan) -> Answer:
@@ -233,7 +278,9 @@ def _candidates(
     allocation: Allocation,
     fixed: Mapping[str, SiteSetting],
     device: torch.device,
+    costs: CostTable | None,
 ) -> dict[str, list[Candidate]]:
+    """Layers to try by site; a site where none is faster than exact attention is set aside."""
     found: dict[str, list[Candidate]] = {}
     heads = sum(site.heads for site in plan.patched)
     for i, site in enumerate(plan.sites):
@@ -242,11 +289,15 @@ def _candidates(
         seed = site_seed(plan.seed, i)
         setting = next((s for pattern, s in fixed.items() if fnmatch(site.name, pattern)), None)
         if setting is not None:
-            layer = built(setting.method, site, seed, moments.get(site.name), **setting.parameters)
-            found[site.name] = [Candidate(layer.to(device))]
-        else:
-            found[site.name] = candidates_for(
-                site, seed, budget, moments=moments.get(site.name), method=method, allocation=allocation, heads=heads,
-                device=device,
-            )  # fmt: skip
+            layer = built(setting.method, site, seed, moments.get(site.name), **setting.parameters).to(device)
+            found[site.name] = [Candidate(layer, None if costs is None else costs.ms(layer))]
+            continue
+        layers, fastest = candidates_for(
+            site, seed, budget, moments=moments.get(site.name), method=method, allocation=allocation, heads=heads,
+            device=device, costs=costs,
+        )  # fmt: skip
+        if layers:
+            found[site.name] = layers
+        elif costs is not None:
+            set_aside(site, costs, fastest)
     return found

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from .attention import PARTS, Scatterbrain, parse_method
-from .attention.clusters import Clusters
+from .attention import PARTS, Scatterbrain, pairwise, parse_method
 from .attention.per_head import Exact, Layer
 from .attention.registry import NAIVE
 from .calls import Call
+from .costs import CostTable
 from .errors import SbpatchError
 from .fidelity import output_error
-from .measure import elapsed_ms
 from .plan import SitePlan
 from .sensitivity import damages
 
@@ -29,13 +28,8 @@ LOWEST, HIGHEST = 1 / 8, 16.0  # budgets tried, in multiples of the one asked fo
 LARGEST = 0.75  # share of a row above which only exact attention is tried
 CLOSER = tuple(2 ** (step / 6) for step in (-2, -1, 0, 1, 2))  # times what a choice stores: a second look, round it
 OTHERWISE = (-0.15, 0.0, 0.15)  # added to the low-rank share of such a choice
-SHARES = (0.5,)  # of a budget for the low-rank part, beside 0, 1 and the entropy's
-RETRIEVING = ("top-clusters",)
-RETRIEVING_SHARES = (0.25, 0.5)  # where the sparse part finds the largest keys, few clusters are enough for the others
-CAUSAL_SHARES = (0.3,)  # few clusters go far, and the window has to reach over a chunk of them
-CAUSAL_LEAST = {"window": 0, "sinks": 4, "pages": 28}  # keys that a sparse part reads beside that window, at least
-PEAKED = 0.8  # entropy / ln n below which a query's largest keys are looked for by content, not only by place
 GAINS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, -0.5)  # of the low-rank part beside a sparse one, in nats
+Moments = tuple[Tensor, Tensor] | None  # of a site's queries and keys, see `fidelity.second_moments`
 
 
 @dataclass
@@ -43,12 +37,12 @@ class Candidate:
     """A layer tried at a site, with sums per head over the samples it has seen, for each of `gains` of the low-rank part."""
 
     layer: Layer
+    ms: float | None = None  # of one sample, all heads, by the cost table
     error_sum: Tensor = field(init=False)  # (gains, H) of output errors
     damage_sum: Tensor = field(init=False)  # (gains, H) see sensitivity
     together_sum: Tensor = field(init=False)  # (gains, H) the same where errors of different tokens add up
     coherence: float = 1.0  # how much larger that is, see `weigh.coherence`
     seen: int = 0
-    ms: list[float] = field(default_factory=list)  # per sample and head, one a batch
 
     def __post_init__(self) -> None:
         shape = (len(self.gains), self.layer.site.heads)
@@ -61,7 +55,8 @@ class Candidate:
 
     @property
     def gains(self) -> tuple[float, ...]:
-        return GAINS if isinstance(self.layer, Scatterbrain) and self.layer.gain is not None else (0.0,)
+        """Gains that are measured apart: of two parts beside each other, whose sums are merged anew for each of them."""
+        return GAINS if self.joined and isinstance(self.layer, Scatterbrain) and self.layer.gain is not None else (0.0,)
 
     @property
     def best(self) -> Tensor:
@@ -84,7 +79,7 @@ class Candidate:
 
     def learned(self) -> Layer:
         """The layer, with the gains that were best."""
-        if isinstance(self.layer, Scatterbrain) and self.layer.gain is not None:
+        if len(self.gains) > 1 and isinstance(self.layer, Scatterbrain) and self.layer.gain is not None:
             self.layer.gain.copy_(torch.tensor(self.gains)[self.best[0]])
         return self.layer
 
@@ -97,21 +92,16 @@ class Candidate:
         return self.layer.stored * self.layer.site.tokens
 
     def cost(self, objective: Objective) -> float:
-        """What one head costs for one sample: entries stored, or milliseconds (the median batch)."""
-        return sorted(self.ms)[len(self.ms) // 2] if objective == "time" else self.entries()
+        """What one head costs for one sample: entries stored, or milliseconds."""
+        if objective == "memory":
+            return self.entries()
+        if self.ms is None:
+            raise SbpatchError("--objective time needs the times of a cost table")
+        return self.ms / self.layer.site.heads
 
     def observe(self, call: Call, exact: Tensor, gradient: Tensor) -> None:
         """Run the layer on a plain call and add up how far it is from `exact` (B, H, n, d)."""
-
-        def work() -> list[Tensor]:
-            if not isinstance(self.layer, Scatterbrain) or self.layer.gain is None:
-                return [call.through(self.layer)]
-            sums = self.layer.split(call.query, call.key, call.value, call.key_mask, call.softmax_scale)
-            return [self.layer.merged(*sums, torch.full_like(self.layer.gain, gain)) for gain in self.gains]
-
-        found, ms = elapsed_ms(work, call.query.device)
-        self.ms.append(ms / exact.shape[0] / exact.shape[1])
-        for i, output in enumerate(found):
+        for i, output in enumerate(self._outputs(call)):
             output = output.to(exact.dtype)
             self.error_sum[i] += output_error(output, exact, call.key_mask).sum(0).double().cpu()
             apart, together = (x.sum(0).double().cpu() for x in damages(output, exact, gradient))
@@ -119,27 +109,32 @@ class Candidate:
             self.together_sum[i] += together
         self.seen += len(exact)
 
+    def _outputs(self, call: Call) -> Iterator[Tensor]:
+        if len(self.gains) == 1 or not isinstance(self.layer, Scatterbrain) or self.layer.gain is None:
+            yield call.through(self.layer)
+            return
+        sums = self.layer.split(call.query, call.key, call.value, call.key_mask, call.softmax_scale)
+        for gain in self.gains:
+            yield pairwise.merged(*sums, torch.full_like(self.layer.gain, gain))
+
 
 def site_seed(seed: int, index: int) -> int:
     return seed * 10_007 + 2 * index
 
 
 def auto_methods(site: SitePlan) -> list[str]:
-    """Methods that `auto` tries, with the parts of the joined ones alone."""
-    if site.causal:
-        return ["sinks+clusters", "pages+clusters"]
-    methods = ["window2d+clusters" if site.grid is not None else "window+clusters", "lsh+clusters", "coreset"]
-    assert site.entropy_ratio is not None
-    return methods + (["top-clusters+clusters"] if site.entropy_ratio < PEAKED else [])
+    """Methods that `auto` tries: what the parts themselves say of the site, joined ones first, windows among them first."""
+    if site.entropy_ratio is None:
+        raise SbpatchError(f"site '{site.name}' was not measured")
+    found = (part.tried(site.geometry, site.entropy_ratio) for part in PARTS.values())
+    return sorted({method for method in found if method}, key=lambda method: ("+" in method, method), reverse=True)
 
 
-def built(
-    method: str, site: SitePlan, seed: int, moments: tuple[Tensor, Tensor] | None, **parameters: int
-) -> Scatterbrain:
-    """The layer; where its low-rank part is fitted to data, by the second moments of the site's queries and keys."""
+def built(method: str, site: SitePlan, seed: int, moments: Moments, **parameters: int) -> Scatterbrain:
+    """The layer, fitted to the second moments of the site's queries and keys where there are any."""
     layer = Scatterbrain(method, site.geometry, seed, **parameters)
-    if moments is not None and hasattr(layer.low_rank, "fit"):
-        layer.parameters_used |= layer.low_rank.fit(*moments)
+    if moments is not None:
+        layer.fit(*moments)
     return layer
 
 
@@ -148,12 +143,13 @@ def candidates_for(
     seed: int,
     budget: float,
     *,
-    moments: tuple[Tensor, Tensor] | None,
+    moments: Moments,
     method: str,
     allocation: Allocation,
     heads: int,
     device: torch.device,
-) -> list[Candidate]:
+    costs: CostTable | None,
+) -> tuple[list[Candidate], float]:
     """Layers to try at a site: methods x splits x budgets, simplest first, exact attention last.
 
     Args:
@@ -162,56 +158,70 @@ def candidates_for(
         moments: see `fidelity.second_moments`, means over the samples; None at a causal site.
         method: `auto`, or one method, of which the parts alone are tried too where the allocation is joint.
         heads: of all sites together; many heads are tried in coarser steps.
+        costs: where given, layers that are not faster than exact attention are left out.
+
+    Returns:
+        Exact attention among them where the allocation is joint; none where nothing is faster than exact attention. And
+        the milliseconds of the fastest one that was looked at.
+
+    Raises:
+        SbpatchError: the budget is less than any method can work with.
     """
-    assert site.entropy_ratio is not None
     joint = allocation == "joint"
     methods = auto_methods(site) if method == "auto" else [method]
     if allocation in ("entropy", "uniform"):
         methods = methods[:1]
     tried: dict[str, Candidate] = {}  # by `Candidate.name`
+    possible, fastest = False, math.inf
     for level, share_of_row in enumerate(_budgets(budget, heads) if joint else [budget]):
-        for joined in methods:
-            sparse, low_rank = parse_method(joined)
-            prefix = NAIVE if joined.startswith(NAIVE) else ""
-            for share in _shares(sparse, low_rank, site, allocation, alone=joint or method == "auto"):
-                joined_by_place = 0 < share < 1 and sparse not in RETRIEVING
-                slow = sparse == "pages" if site.causal else joined_by_place and heads <= FEW_HEADS
-                if slow and level % 2:
-                    continue  # in coarser steps: they are many
-                stored = share_of_row * site.geometry.row_keys
-                layer = _layer(prefix, sparse, low_rank, stored, share, site, seed, moments)
-                if layer is not None and layer.stored < site.geometry.row_keys:
+        for one in methods:
+            stored = share_of_row * site.geometry.row_keys
+            for share in _shares(one, site, allocation, alone=joint or method == "auto"):
+                if level % 2 and _coarse(one, share, heads):
+                    continue
+                layers = [
+                    x for x in _layers(one, stored, share, site, seed, moments) if x.stored < site.geometry.row_keys
+                ]
+                possible |= bool(layers)
+                for layer in layers:
                     candidate = Candidate(layer.to(device))
-                    tried.setdefault(candidate.name, candidate)
-                    if allocation in ("entropy", "uniform"):
-                        break  # what follows is for where the rule's split leaves a part too little to work with
-    if joint and not method.startswith(NAIVE):
-        tried["exact"] = Candidate(Exact(site.geometry))
-    if not tried:
+                    if candidate.name in tried:
+                        continue
+                    if costs is not None:
+                        candidate.ms = costs.ms(layer)
+                        fastest = min(fastest, candidate.ms)
+                    if costs is None or costs.pays(layer):
+                        tried[candidate.name] = candidate
+                if layers and allocation in ("entropy", "uniform"):
+                    break  # what follows is for where the rule's split leaves a part too little to work with
+    if not possible and not (joint and not method.startswith(NAIVE)):
         raise SbpatchError(
             f"budget {budget:g} leaves site '{site.name}' ({site.tokens} tokens) less than {method} can work "
             "with: raise --budget or exclude the site"
         )
-    return list(tried.values())
+    if tried and joint and not method.startswith(NAIVE):
+        exact = Exact(site.geometry)
+        tried["exact"] = Candidate(exact, None if costs is None else costs.ms(exact))
+    return list(tried.values()), fastest
 
 
 def closer(
-    chosen: Candidate, site: SitePlan, seed: int, moments: tuple[Tensor, Tensor] | None, device: torch.device
+    chosen: Candidate, site: SitePlan, seed: int, moments: Moments, device: torch.device, costs: CostTable | None
 ) -> list[Candidate]:
     """The method of a choice with a little less and a little more, and split otherwise: what lies between the first ones."""
     if not isinstance(chosen.layer, Scatterbrain):
         return []
     method, stored = chosen.layer.method, chosen.layer.stored
-    sparse, low_rank = parse_method(method)
     share = 1 - chosen.layer.nnz / stored
-    shares = [share + more for more in OTHERWISE if 0 < share + more < 1] if sparse and low_rank else [share]
-    prefix = NAIVE if method.startswith(NAIVE) else ""
+    shares = [share + more for more in OTHERWISE if 0 < share + more < 1] if chosen.joined else [share]
     layers = [
-        _layer(prefix, sparse, low_rank, stored * factor, part, site, seed, moments)
+        layer
         for factor in CLOSER
         for part in shares
+        for layer in _layers(method, stored * factor, part, site, seed, moments)
+        if layer.stored < site.geometry.row_keys and (costs is None or costs.pays(layer))
     ]
-    return [Candidate(x.to(device)) for x in layers if x is not None and x.stored < site.geometry.row_keys]
+    return [Candidate(layer.to(device), None if costs is None else costs.ms(layer)) for layer in layers]
 
 
 def _budgets(budget: float, heads: int) -> list[float]:
@@ -221,48 +231,43 @@ def _budgets(budget: float, heads: int) -> list[float]:
     return [level for level in levels if level <= LARGEST] or [budget]
 
 
-def _shares(
-    sparse: str | None, low_rank: str | None, site: SitePlan, allocation: Allocation, alone: bool
-) -> Sequence[float]:
+def _coarse(method: str, share: float, heads: int) -> bool:
+    """Whether a split of a method is tried at every other budget alone: those by place are many and rarely chosen."""
+    sparse, _ = parse_method(method)
+    return heads <= FEW_HEADS and 0 < share < 1 and sparse is not None and not PARTS[sparse].by_content
+
+
+def _shares(method: str, site: SitePlan, allocation: Allocation, alone: bool) -> Sequence[float]:
     """Splits to try: the low-rank part's share of what is stored."""
+    sparse, low_rank = parse_method(method)
     if not (sparse and low_rank):
         return [1.0 if low_rank else 0.0]
-    assert site.entropy_ratio is not None
+    ratio = site.entropy_ratio
+    if ratio is None:
+        raise SbpatchError(f"site '{site.name}' was not measured")
     if allocation == "uniform":
         return [0.5, 1.0, 0.0]
     if allocation == "entropy":
-        return [site.entropy_ratio, 1.0, 0.0]
-    shares = RETRIEVING_SHARES if sparse in RETRIEVING else SHARES
-    grid = CAUSAL_SHARES if site.causal else (site.entropy_ratio, *shares)
+        return [ratio, 1.0, 0.0]
+    # where the sparse part finds the largest keys, few points are enough for the others
+    grid = (0.25, 0.5) if PARTS[sparse].by_content else (ratio, 0.5)
     return [1.0, 0.0, *grid] if alone else grid
 
 
-def _layer(
-    prefix: str,
-    sparse: str | None,
-    low_rank: str | None,
-    stored: float,
-    share: float,
-    site: SitePlan,
-    seed: int,
-    moments: tuple[Tensor, Tensor] | None,
-) -> Scatterbrain | None:
-    """The method sized so that the low-rank part gets `share` of the stored entries; None where a part gets too few."""
+def _layers(
+    method: str, stored: float, share: float, site: SitePlan, seed: int, moments: Moments
+) -> list[Scatterbrain]:
+    """The method sized so that the low-rank part gets `share` of the stored entries; none where a part gets too few."""
+    sparse, low_rank = parse_method(method)
     names: list[str] = []
-    parameters: dict[str, int] = {}
-    if site.causal and low_rank == "clusters" and sparse in CAUSAL_LEAST and 0 < share < 1:
-        share = min(share, 1 - (Clusters.CAUSAL_CHUNK + CAUSAL_LEAST[sparse]) / stored)
+    settings: list[dict[str, int]] = [{}]
     for name, part in ((sparse, stored * (1 - share)), (low_rank, stored * share)):
-        if name is None or part == 0:
+        if name is None or (part == 0 and sparse and low_rank):
             continue
-        sized = PARTS[name].sized(part, site.geometry)
-        if sized is None:
-            return None
+        joined = PARTS[name].kind == "joined"
+        sizes = PARTS[name].variants(stored if joined else part, site.geometry)
+        settings = [before | size for before in settings for size in sizes]
         names.append(name)
-        parameters |= sized
-    if not names:
-        return None
-    if site.causal and names[-1] == "clusters" and parameters.get("window", 0) < Clusters.CAUSAL_CHUNK:
-        return None  # causal clusters need the window to cover their chunk
-    method = "+".join(names)
-    return built(prefix + method if len(names) == 2 else method, site, seed, moments, **parameters)
+    prefix = NAIVE if method.startswith(NAIVE) and len(names) == 2 else ""
+    found = prefix + "+".join(names)
+    return [built(found, site, seed, moments, **parameters) for parameters in settings]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -12,13 +11,14 @@ from .allocate import allocate
 from .attention import Scatterbrain
 from .attention.per_head import Exact, Layer, PerHead
 from .candidates import Candidate, Objective, closer, site_seed
+from .costs import CostTable
 from .errors import SbpatchError
-from .plan import Plan, SitePlan, drawn_tensors
+from .plan import Plan, SitePlan, patch_tensors
 from .weigh import worth_their_time
 
 
 class Choice:
-    """Plans that share out a budget over what was measured."""
+    """Plans that share out a budget over what was measured: one candidate a unit, a head or the heads that share keys."""
 
     def __init__(
         self,
@@ -27,15 +27,18 @@ class Choice:
         tried: Mapping[str, int],
         objective: Objective,
         simple: bool,
+        costs: CostTable | None,
     ) -> None:
-        self.plan, self.tried, self.objective = plan, tried, objective
+        self.plan, self.tried, self.objective, self.costs = plan, tried, objective, costs
         self.candidates = candidates
         self.sites = {site.name: (i, site) for i, site in enumerate(plan.sites) if site.name in candidates}
-        self.heads = [(name, head) for name in candidates for head in range(self.sites[name][1].heads)]
-        # Causal clusters cannot stand alone, so there is nothing simpler to hold them to.
+        self.units = [
+            (name, range(first, first + self.sites[name][1].geometry.group))
+            for name in candidates
+            for first in range(0, self.sites[name][1].heads, self.sites[name][1].geometry.group)
+        ]
         self.options = [
-            worth_their_time(candidates[name], head) if simple and not self.sites[name][1].causal else candidates[name]
-            for name, head in self.heads
+            worth_their_time(candidates[name], heads) if simple else candidates[name] for name, heads in self.units
         ]
 
     def _whole(self, name: str) -> float:
@@ -65,22 +68,25 @@ class Choice:
             around = {
                 new.name: new
                 for chosen in both
-                for (owner, _), one in zip(self.heads, chosen, strict=True)
+                for (owner, _), one in zip(self.units, chosen, strict=True)
                 if owner == name
-                for new in closer(one, site, site_seed(self.plan.seed, i), moments.get(name), device)
+                for new in closer(one, site, site_seed(self.plan.seed, i), moments.get(name), device, self.costs)
             }
             fixed = self.tried[name] == 1  # a recipe's setting, taken as it is
             found[name] = [] if fixed else [new for key, new in around.items() if key not in known]
         return found
 
     def _chosen(self, budget: float) -> list[list[Candidate]]:
-        """One candidate a head: by damage, and by squared output error."""
-        limit = budget * sum(self._whole(name) for name, _ in self.heads)
+        """One candidate a unit: by damage, and by squared output error."""
+        limit = budget * sum(len(heads) * self._whole(name) for name, heads in self.units)
         found = []
-        for measure in (lambda c, h: float(c.damages[h]), lambda c, h: float(c.errors[h]) ** 2):
+        for measure in (lambda c: c.damages, lambda c: c.errors.square()):
             curves = [
-                [(c.cost(self.objective), measure(c, head)) for c in options]
-                for (_, head), options in zip(self.heads, self.options, strict=True)
+                [
+                    (len(heads) * c.cost(self.objective), float(measure(c)[heads.start : heads.stop].sum()))
+                    for c in options
+                ]
+                for (_, heads), options in zip(self.units, self.options, strict=True)
             ]
             chosen = allocate(curves, limit)
             if chosen is None:
@@ -97,16 +103,19 @@ class Choice:
         plan.budget.requested = budget
         tensors: dict[str, Tensor] = {}
         by_site: dict[str, list[Candidate]] = {}
-        for (name, _), candidate in zip(self.heads, chosen, strict=True):
-            by_site.setdefault(name, []).append(candidate)
+        for (name, unit), candidate in zip(self.units, chosen, strict=True):
+            by_site.setdefault(name, []).extend([candidate] * len(unit))
         for name, heads in by_site.items():
             i, _ = self.sites[name]
             site = plan.sites[i]
             layer = _layer_of(heads, site, site_seed(plan.seed, i))
             site.use(layer, site_seed(plan.seed, i))
-            tensors |= {f"{name}.{key}": tensor.cpu().clone() for key, tensor in drawn_tensors(layer).items()}
+            tensors |= {f"{name}.{key}": tensor.cpu().clone() for key, tensor in patch_tensors(layer).items()}
             errors = sum(float(c.errors[h]) for h, c in enumerate(heads)) / len(heads)
             site.output_error = errors if any(c.seen for c in heads) else None
+            if self.costs is not None:
+                site.exact_ms = self.costs.exact_ms(site.geometry)
+                site.patched_ms = sum((c.ms or 0.0) / site.heads for c in heads)
             site.reason = _why(site, heads, self.tried[name])
         plan.settle_budget()
         plan.tensors = tensors
@@ -122,13 +131,14 @@ def _layer_of(heads: Sequence[Candidate], site: SitePlan, seed: int) -> Layer | 
         return heads[0].learned()
     layers: list[Layer] = []
     for group in groups.values():
-        layer, geometry = heads[group[0]].learned(), replace(site.geometry, heads=len(group))
+        layer, geometry = heads[group[0]].learned(), site.geometry.of_heads(len(group))
         if isinstance(layer, Scatterbrain):
             part = Scatterbrain(layer.method, geometry, seed, **layer.parameters_used)
-            measured = drawn_tensors(layer)
-            for name, mine in drawn_tensors(part).items():  # one of each head, or one for all
-                theirs = measured[name]
-                mine.copy_(theirs if theirs.shape == mine.shape else theirs[group])
+            measured = patch_tensors(layer)
+            for name, mine in patch_tensors(part).items():  # one of each head, or one for all
+                theirs, size = measured[name], site.geometry.group
+                index = group if len(theirs) == site.heads else [head // size for head in group[::size]]
+                mine.copy_(theirs if theirs.shape == mine.shape else theirs[index])
             layers.append(part)
         else:
             layers.append(Exact(geometry))

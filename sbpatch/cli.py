@@ -17,6 +17,7 @@ import typer
 from . import __version__, artifact, evaluate, export, report
 from .calibrate import calibrate, first_decision
 from .candidates import Allocation, Objective
+from .costs import CostTable, default_path
 from .errors import SbpatchError
 from .flags import (
     CheckpointFile,
@@ -47,7 +48,7 @@ from .flags import (
 from .inputs import moved
 from .journal import Journal
 from .patch import read_plan
-from .plan import PLAN_FILE, Budget, Plan, SitePlan, versions
+from .plan import PLAN_FILE, Budget, Plan, versions
 from .preprocessing import TextPreprocessing
 from .recipe import read_recipe
 from .samples import batches
@@ -85,7 +86,8 @@ def inspect_command(
     loaded = open_model(model, checkpoint, input_size, length)
     where = device.resolve()
     probe = moved(loaded.preprocessing.probe(), where, torch.float32)
-    sites = [SitePlan.of(site, *first_decision(site)) for site in find_sites(loaded.model.to(where).eval(), probe)]
+    costs = CostTable(default_path(), torch.device(where))
+    sites = [first_decision(site, limit=costs) for site in find_sites(loaded.model.to(where).eval(), probe)]
     plan = Plan(model=loaded.name, seed=seed, budget=Budget(requested=1.0), sites=sites)
     if not quiet:
         out.print(report.sites_table(plan))
@@ -118,6 +120,18 @@ def calibrate_command(
     exclude: Annotated[
         list[str] | None, typer.Option("--exclude", help="leave matching sites exact, repeatable")
     ] = None,
+    keep_slow: Annotated[
+        bool,
+        typer.Option(
+            "--keep-slow", help="also patch where exact attention is faster, to save what eager attention stores"
+        ),
+    ] = False,
+    cost_table: Annotated[
+        Path | None,
+        typer.Option(
+            "--cost-table", help="times of this device, measured where they lack; default: in the user's cache"
+        ),
+    ] = None,
     refine: Annotated[
         bool, typer.Option("--refine", help="learn more of the patch by matching each site's output, some minutes")
     ] = False,
@@ -149,7 +163,9 @@ def calibrate_command(
         "include": include or settings.include,
         "exclude": exclude or settings.exclude,
         "min_tokens": settings.min_tokens,
+        "keep_slow": keep_slow,
     }
+    costs = CostTable(cost_table or default_path(), torch.device(where), kind)
     measured_on = (loaded.sha256, size_of(loaded), data.fingerprint(), where, dtype.value, versions())
     journal = Journal(
         None if dry_run else output.absolute().with_name(f".{output.absolute().name}.calibrating"),
@@ -162,6 +178,7 @@ def calibrate_command(
             answer=loaded.answer,
             **options,
             fixed=settings.sites,
+            costs=costs,
             refine=refine,
             name=loaded.name,
             journal=journal,

@@ -93,6 +93,7 @@ def compare(
                 allocation=allocation,
                 answer=answer,
                 refine=refine,
+                keep_slow=True,
             )
         except SbpatchError as error:
             if str(error).startswith("unknown attention method"):

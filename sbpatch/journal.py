@@ -39,11 +39,11 @@ class Journal:
         if key not in self.found:
             return False
         for name, tried in candidates.items():
-            for candidate, (errors, damages, together, seen, ms) in zip(tried, self.found[key][name], strict=True):
+            for candidate, (errors, damages, together, seen) in zip(tried, self.found[key][name], strict=True):
                 candidate.error_sum = torch.tensor(errors, dtype=torch.float64)
                 candidate.damage_sum = torch.tensor(damages, dtype=torch.float64)
                 candidate.together_sum = torch.tensor(together, dtype=torch.float64)
-                candidate.seen, candidate.ms = seen, ms
+                candidate.seen = seen
         return True
 
     def record(self, key: str, candidates: Mapping[str, list[Candidate]]) -> None:
@@ -51,7 +51,7 @@ class Journal:
         if self.path is None:
             return
         sums = {
-            name: [(c.error_sum.tolist(), c.damage_sum.tolist(), c.together_sum.tolist(), c.seen, c.ms) for c in tried]
+            name: [(c.error_sum.tolist(), c.damage_sum.tolist(), c.together_sum.tolist(), c.seen) for c in tried]
             for name, tried in candidates.items()
         }
         with self.path.open("a", encoding="utf-8") as file:

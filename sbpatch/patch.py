@@ -12,7 +12,7 @@ from torch import nn
 from . import sites
 from .errors import SbpatchError
 from .models import load_checkpoint
-from .plan import PLAN_FILE, Plan, drawn_tensors
+from .plan import PLAN_FILE, Plan, patch_tensors
 
 TENSORS_FILE = "sbpatch.safetensors"
 
@@ -50,7 +50,7 @@ def read_plan(directory: Path) -> Plan:
         except (SafetensorError, OSError) as error:
             raise SbpatchError(f"{path} cannot be read ({error}): calibrate again") from error
     plan = Plan.read(directory / PLAN_FILE, tensors)
-    if not tensors and any(drawn_tensors(layer) for layer in plan.layers().values()):
+    if not tensors and any(patch_tensors(layer) for layer in plan.layers().values()):
         raise SbpatchError(f"{path} is missing, and the plan needs the tensors in it: copy it too, or calibrate again")
     return plan
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,12 +13,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from torch import Tensor, nn
 
 from . import __version__
-from .attention import Geometry, Scatterbrain, parse_method
+from .attention import PARTS, Geometry, Scatterbrain, parse_method
 from .attention.per_head import Exact, Layer, PerHead
 from .errors import SbpatchError
 from .sites import Site
 
 PLAN_FILE = "sbpatch.json"
+FORMAT = 2  # of the file; raised where an older plan would mean something else now
 Decision = Literal["patch", "exact", "unsupported"]
 
 
@@ -58,7 +58,8 @@ class Setting(BaseModel):
         if self.method == Exact.method:
             return Exact(site)
         parameters = {k: v for k, v in (self.model_extra or {}).items() if isinstance(v, int)}
-        if parse_method(self.method)[1] is not None and self.rank is not None:
+        _, low_rank = parse_method(self.method)
+        if low_rank is not None and self.rank is not None and PARTS[low_rank].kind != "joined":
             parameters["rank"] = self.rank
         return Scatterbrain(self.method, site, self.seed, **parameters)
 
@@ -78,6 +79,7 @@ class SitePlan(Setting):
     tokens: int = Field(ge=1)
     heads: int = Field(ge=1)
     head_dim: int = Field(ge=1)
+    key_heads: int = Field(default=0, ge=0)  # of keys and values, where query heads share them
     causal: bool = False
     grid: tuple[int, int] | None = None
     prefix: int = Field(default=0, ge=0)
@@ -91,11 +93,21 @@ class SitePlan(Setting):
     per_head: list[HeadGroup] | None = None
     matrix_error: float | None = None
     output_error: float | None = None
+    exact_ms: float | None = None  # of one sample, by the cost table
+    patched_ms: float | None = (
+        None  # the same of what was chosen; of the fastest layer where none was faster than exact
+    )
 
     @model_validator(mode="after")
     def _grid_holds_the_tokens(self) -> SitePlan:
         if self.grid is not None and (min(self.grid) < 1 or self.tokens != self.prefix + self.grid[0] * self.grid[1]):
             raise ValueError(f"{self.tokens} tokens are not {self.prefix} + {self.grid[0]} x {self.grid[1]}")
+        return self
+
+    @model_validator(mode="after")
+    def _key_heads_share_the_heads(self) -> SitePlan:
+        if self.key_heads and self.heads % self.key_heads:
+            raise ValueError(f"{self.heads} heads do not share {self.key_heads} key heads evenly")
         return self
 
     @classmethod
@@ -104,13 +116,14 @@ class SitePlan(Setting):
         return cls.model_validate(
             {
                 "name": site.name, "class": site.class_name, "tokens": g.tokens, "heads": g.heads, "head_dim": g.head_dim,
-                "causal": g.causal, "grid": g.grid, "prefix": g.prefix, "decision": decision, "reason": reason,
+                "key_heads": g.key_heads, "causal": g.causal, "grid": g.grid, "prefix": g.prefix, "decision": decision,
+                "reason": reason,
             }
         )  # fmt: skip
 
     @property
     def geometry(self) -> Geometry:
-        return Geometry(self.tokens, self.heads, self.head_dim, self.causal, self.grid, self.prefix)
+        return Geometry(self.tokens, self.heads, self.head_dim, self.causal, self.grid, self.prefix, self.key_heads)
 
     @property
     def entries(self) -> float:
@@ -140,7 +153,7 @@ class SitePlan(Setting):
         """Build the layer of a patched site, its buffers drawn from the site's seed."""
         if self.per_head is None:
             return self.build(self.geometry, self.name)
-        geometry = [replace(self.geometry, heads=len(group.heads)) for group in self.per_head]
+        geometry = [self.geometry.of_heads(len(group.heads)) for group in self.per_head]
         layers = [group.build(part, self.name) for group, part in zip(self.per_head, geometry, strict=True)]
         return PerHead(self.geometry, [group.heads for group in self.per_head], layers)
 
@@ -160,6 +173,7 @@ class Plan(BaseModel):
 
     model_config = ConfigDict(arbitrary_types_allowed=True)
 
+    format: int = FORMAT
     model: str
     base_sha256: str = ""
     seed: int
@@ -197,7 +211,7 @@ class Plan(BaseModel):
         layers = {site.name: site.layer() for site in self.patched}
         if not self.tensors:
             return layers
-        wanted = {f"{name}.{key}": t for name, layer in layers.items() for key, t in drawn_tensors(layer).items()}
+        wanted = {f"{name}.{key}": t for name, layer in layers.items() for key, t in patch_tensors(layer).items()}
         if odd := sorted(wanted.keys() ^ self.tensors.keys()):
             raise SbpatchError(f"tensors of the patch do not fit its plan: '{odd[0]}' is missing or left over")
         for name, buffer in wanted.items():
@@ -218,6 +232,11 @@ class Plan(BaseModel):
         """
         try:
             plan = cls.model_validate_json(path.read_text(encoding="utf-8"))
+            if plan.format != FORMAT:
+                raise SbpatchError(
+                    f"{path} was written by another version of sbpatch (format {plan.format}, this one reads {FORMAT}): "
+                    "calibrate again"
+                )
         except OSError as error:
             raise SbpatchError(f"no plan at {path}: {error.strerror}") from error
         except (ValidationError, UnicodeDecodeError) as error:
@@ -228,6 +247,6 @@ class Plan(BaseModel):
         return plan
 
 
-def drawn_tensors(layer: nn.Module) -> dict[str, Tensor]:
+def patch_tensors(layer: nn.Module) -> dict[str, Tensor]:
     """The random buffers of a layer (floating point); index tables are rebuilt from the plan instead."""
     return {name: t for name, t in layer.named_buffers() if t.is_floating_point()}

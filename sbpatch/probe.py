@@ -25,6 +25,7 @@ class Found:
     causal: bool = False
     unsupported: str | None = None
     by_hand: bool = False
+    key_heads: int = 0  # where fewer than heads
 
 
 class Probe(Redirect):
@@ -87,7 +88,9 @@ class Probe(Redirect):
         q, k = call.query, call.key
         reason, causal = _unsupported(call), call.causality()
         heads = q.shape[-3] if q.ndim > 2 else 1
-        self._add(self.running[-1], Found(k.shape[-2], heads, q.shape[-1], bool(causal), reason))
+        key_heads = k.shape[-3] if k.ndim > 2 and k.shape[-3] != heads else 0
+        found = Found(k.shape[-2], heads, q.shape[-1], bool(causal), reason, key_heads=key_heads)
+        self._add(self.running[-1], found)
         return call.exact()
 
     def _note_softmax(self, module: nn.Module, x: Tensor, dim: int | None) -> None:

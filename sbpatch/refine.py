@@ -15,12 +15,11 @@ from torch import Tensor, nn
 
 from . import inputs as batch
 from .attention import Scatterbrain
-from .attention.clusters import Clusters
 from .attention.per_head import Layer, PerHead
 from .calls import Call
 from .inputs import Inputs
 from .models import Answer
-from .plan import Plan, drawn_tensors
+from .plan import Plan, patch_tensors
 from .progress import Progress
 from .sensitivity import answer_gradients, damage
 from .sites import swapped
@@ -76,7 +75,7 @@ def learn(
         for i in which:
             with swapped(model, {name: observer(name, gradients[i][name]) for name in tried}):
                 batch.run(model, singles[i])
-        return found
+        return {name: _shared(sums, layers[name].site.group) for name, sums in found.items()}
 
     start = {name: _knobs(layer) for name, layer in layers.items()}
     knobs = {name: dict(values) for name, values in start.items()}
@@ -92,7 +91,7 @@ def learn(
         better = found[1] < found[0]
         kept = {k: torch.where(better.to(v.device), knobs[name][k], v) for k, v in start[name].items()}
         _turn(layers[name], kept)
-        learned = {f"{name}.{key}": tensor.cpu().clone() for key, tensor in drawn_tensors(layers[name]).items()}
+        learned = {f"{name}.{key}": tensor.cpu().clone() for key, tensor in patch_tensors(layers[name]).items()}
         plan.tensors |= learned
     return plan
 
@@ -112,22 +111,23 @@ def _parts(layer: Layer | PerHead) -> list[tuple[list[int], Scatterbrain]]:
     return [(list(range(layer.site.heads)), layer)] if isinstance(layer, Scatterbrain) else []
 
 
-def _buffers(part: Scatterbrain) -> dict[str, Tensor]:
-    found = {} if part.gain is None else {"gain": part.gain}
-    return found | ({"sharpness": part.low_rank.sharpness} if isinstance(part.low_rank, Clusters) else {})
+def _shared(sums: Tensor, group: int) -> Tensor:
+    """Sums (sets, H) added up over the heads that share keys, and so their knobs."""
+    return sums.unflatten(1, (-1, group)).sum(-1).repeat_interleave(group, 1)
 
 
 def _knobs(layer: Layer | PerHead) -> Knobs:
     """What can be learned at a site, zeros for heads that have no such knob; empty where none has any."""
     knobs: Knobs = {}
     for heads, part in _parts(layer):
-        for name, buffer in _buffers(part).items():
+        for name, buffer in part.learned.items():
             values = knobs.setdefault(name, torch.zeros(layer.site.heads, device=buffer.device))
-            values[heads] = buffer.log() if name == "sharpness" else buffer
+            values[heads] = (buffer if name == "gain" else buffer.log()).repeat_interleave(len(heads) // len(buffer))
     return knobs
 
 
 def _turn(layer: Layer | PerHead, knobs: Knobs) -> None:
     for heads, part in _parts(layer):
-        for name, buffer in _buffers(part).items():
-            buffer.copy_(knobs[name][heads].exp() if name == "sharpness" else knobs[name][heads])
+        for name, buffer in part.learned.items():
+            values = knobs[name][heads][:: len(heads) // len(buffer)]
+            buffer.copy_(values if name == "gain" else values.exp())

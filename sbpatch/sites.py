@@ -75,7 +75,9 @@ def _site(name: str, module: nn.Module, calls: list[Found], image: tuple[int, ..
     if len(calls) > 1 and reason is None:
         reason = f"{len(calls)} attention calls in one forward, which one setting cannot describe"
     grid, prefix = (None, 0) if image is None else _grid(first.tokens, *image)
-    geometry = Geometry(first.tokens, first.heads, first.head_dim, first.causal, grid, prefix)
+    geometry = Geometry(
+        first.tokens, first.heads, first.head_dim, first.causal, grid, prefix, 0 if reason else first.key_heads
+    )
     return Site(name, type(module).__name__, geometry, reason, first.by_hand)
 
 

@@ -62,9 +62,7 @@ class Trial:
             site.entropy_ratio = sum(site.entropy) / site.heads / math.log(site.tokens)
         return moments
 
-    def measure(
-        self, candidates: Mapping[str, list[Candidate]], batches: Sequence[Inputs], description: str, timed: bool
-    ) -> None:
+    def measure(self, candidates: Mapping[str, list[Candidate]], batches: Sequence[Inputs], description: str) -> None:
         """Run every candidate of every site on the inputs that the exact model gives that site."""
         names = list(candidates)
         causal = {site.name: site.causal for site in self.plan.sites}
@@ -80,8 +78,6 @@ class Trial:
                     exact = call.exact()
                     plain = call.plain(causal[name])
                     for candidate in candidates[name]:
-                        if timed and not candidate.ms:
-                            plain.through(candidate.layer)
                         candidate.observe(plain, exact, gradients[name])
                     return exact
 

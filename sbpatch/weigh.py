@@ -39,12 +39,15 @@ def promising(tried: list[Candidate], objective: Objective = "memory") -> list[C
     return kept
 
 
-def worth_their_time(tried: Sequence[Candidate], head: int) -> list[Candidate]:
+def worth_their_time(tried: Sequence[Candidate], heads: range) -> list[Candidate]:
     """Methods of one part, and the joined ones that are clearly better: two parts take more time than one of equal size."""
     alone = [c for c in tried if not c.joined]
 
+    def damage(candidate: Candidate) -> float:
+        return float(candidate.damages[heads.start : heads.stop].sum())
+
     def limit(candidate: Candidate) -> float:
-        affordable = (float(c.damages[head]) for c in alone if c.entries() <= candidate.entries())
+        affordable = (damage(c) for c in alone if c.entries() <= candidate.entries())
         return SIMPLER**2 * min(affordable, default=math.inf)
 
-    return [c for c in tried if not c.joined or float(c.damages[head]) < limit(c)]
+    return [c for c in tried if not c.joined or damage(c) < limit(c)]

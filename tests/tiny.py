@@ -18,7 +18,7 @@ from torch import nn
 from sbpatch.attention import Scatterbrain
 from sbpatch.errors import SbpatchError
 from sbpatch.models import Checkpoint, load_checkpoint
-from sbpatch.plan import Budget, Plan, SitePlan, drawn_tensors
+from sbpatch.plan import Budget, Plan, SitePlan, patch_tensors
 from sbpatch.sites import find_sites
 from sbpatch.t2t_vit import T2TViT, T2TViTConfig
 
@@ -76,7 +76,7 @@ def plan_for(model: nn.Module, method: str = "window2d+favor", *, seed: int = 0,
     plan.agreement, plan.data = 87.5, {"source": "demo", "samples": 8, "fingerprint": "f" * 64}
     plan.check = {"samples": 8, "unseen": 1, "agreement": 87.5, "divergence": 0.25, "drop": 12.5}
     layers = plan.layers()
-    plan.tensors = {f"{n}.{k}": t.clone() for n, layer in layers.items() for k, t in drawn_tensors(layer).items()}
+    plan.tensors = {f"{n}.{k}": t.clone() for n, layer in layers.items() for k, t in patch_tensors(layer).items()}
     return plan
 
 

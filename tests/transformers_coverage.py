@@ -24,7 +24,7 @@ from sbpatch.calibrate import first_decision
 from sbpatch.errors import SbpatchError
 from sbpatch.inputs import run
 from sbpatch.models import Checkpoint, load_checkpoint
-from sbpatch.plan import Budget, Plan, SitePlan, drawn_tensors
+from sbpatch.plan import Budget, Plan, SitePlan, patch_tensors
 from sbpatch.sites import Call, Site, find_sites, swapped
 
 PAGE = Path(__file__).parents[1] / "docs" / "supported-models.md"
@@ -136,7 +136,7 @@ def plan_on(loaded: Checkpoint) -> Plan:
         plan.sites.append(entry)
     plan.settle_budget()
     plan.tensors = {
-        f"{n}.{k}": t.clone() for n, layer in plan.layers().items() for k, t in drawn_tensors(layer).items()
+        f"{n}.{k}": t.clone() for n, layer in plan.layers().items() for k, t in patch_tensors(layer).items()
     }
     return plan
 

@@ -5,6 +5,7 @@ Importing this package fills the registry; a new method is one file here, import
 
 from . import (  # noqa: F401  each registers its parts
     bigbird,
+    blocks,
     clusters,
     coreset,
     favor,

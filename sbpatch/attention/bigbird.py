@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
 from ..errors import SbpatchError
+from .core import Tiles
 from .longformer import Longformer
-from .patterns import UNIT, mean_pairs
-from .registry import Geometry, Tiles, register
-from .tiles import blocks
+from .patterns import UNIT, blocks, mean_pairs
+from .registry import Geometry, register
 
 
 @register("bigbird")
@@ -32,6 +30,10 @@ class BigBird(Longformer):
         draws = torch.randint(UNIT, (-(-site.tokens // self.BLOCK), random), generator=generator)
         self.register_buffer("place", (torch.arange(random) * UNIT + draws) // random, persistent=False)
         self.nnz += mean_pairs([self._random(site.tokens, torch.device("cpu"))], site.causal)
+
+    @classmethod
+    def tried(cls, site: Geometry, entropy_ratio: float) -> str | None:
+        return None
 
     @classmethod
     def sized(cls, stored: float, site: Geometry) -> dict[str, int] | None:
@@ -56,9 +58,8 @@ class BigBird(Longformer):
         valid = new[:, None, :] & ~local & (query >= self.first)[:, :, None]
         return Tiles(query, key.clamp(min=0), valid, slot)
 
-    def rounds(self, q: Tensor, k: Tensor, key_mask: Tensor | None) -> Iterator[Tiles]:
-        yield from super().rounds(q, k, key_mask)
-        yield self._random(q.shape[-2], q.device)
+    def select(self, q: Tensor, k: Tensor, key_mask: Tensor | None, scale: float) -> list[Tiles]:
+        return [*super().select(q, k, key_mask, scale), self._random(q.shape[-2], q.device)]
 
     def dense(self, q: Tensor, k: Tensor, key_mask: Tensor | None) -> Tensor:
         pairs = super().dense(q, k, key_mask).clone()

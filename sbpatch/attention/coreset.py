@@ -15,26 +15,27 @@ far above, is theirs.
 from __future__ import annotations
 
 import math
-from typing import ClassVar, Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+import torch.nn.functional as F
+from torch import Tensor
 
 from ..errors import SbpatchError
 from . import kmeans
-from .registry import Geometry, Summary, Tiles, register
-from .tiles import columns, take
+from .core import Factors, Landmarks
+from .fused import strays
+from .registry import Geometry, LowRank, register
 
 JITTER = 1e-5  # on a diagonal of ones: landmarks that coincide share their weight
 FAR = 4  # one landmark in FAR is a key that the centres do not reach; they keep single keys from spoiling all rows
 REACH = 1.0  # where keys lie farther than 1 / sqrt(REACH) from their centre, in root mean square, the kernel is widened
 LARGEST = 600.0  # squared length of a key: exp(LARGEST / 2) is safe in float64
-LOW, HIGH = 0.97, 4.0  # Nystrom row sum over cluster row sum, outside of which the clusters are believed
 NEGLIGIBLE = 0.01  # nats, in root mean square, that a logit may lose to directions that are left out
 TINY = torch.finfo(torch.float32).min
 
 
-class Landmarks(NamedTuple):
+class Found(NamedTuple):
     """What the landmarks make of queries and keys; `own` and everything (…, n) is by key or query."""
 
     y: Tensor  # (B, H, n, directions) queries
@@ -49,7 +50,7 @@ class Landmarks(NamedTuple):
 
 
 @register("coreset")
-class Coreset(nn.Module):
+class Coreset(LowRank):
     """`rank` landmarks a head: k-means centres after `steps` Lloyd steps, and a quarter of it where these leave keys farthest,
     all moved to the mean of their keys at last.
 
@@ -57,7 +58,7 @@ class Coreset(nn.Module):
     Bidirectional: the weights are those of all keys.
     """
 
-    kind: ClassVar[Literal["low-rank"]] = "low-rank"
+    fitted = True
 
     to_query: Tensor  # (H, d, directions) P, found at calibration; the identity until then
     to_key: Tensor  # (H, d, directions) R
@@ -76,6 +77,10 @@ class Coreset(nn.Module):
         self.register_buffer("to_key", eye.clone(), persistent=False)
 
     @classmethod
+    def tried(cls, site: Geometry, entropy_ratio: float) -> str | None:
+        return None if site.causal else "coreset"
+
+    @classmethod
     def sized(cls, stored: float, site: Geometry) -> dict[str, int] | None:
         return {"rank": int(stored) - 1} if stored >= 2 else None
 
@@ -84,7 +89,7 @@ class Coreset(nn.Module):
         self.to_query, self.to_key = balanced(query, key, self.directions)
         return {"directions": self.to_key.shape[-1]}
 
-    def _landmarks(self, q: Tensor, k: Tensor, key_mask: Tensor | None, scale: float = 1.0) -> Landmarks:
+    def _landmarks(self, q: Tensor, k: Tensor, key_mask: Tensor | None, scale: float = 1.0) -> Found:
         q, k = q.float(), k.float()
         n = k.shape[-2]
         real = torch.ones_like(k[:, :1, :, :1]) if key_mask is None else key_mask[:, None, :, None].float()
@@ -114,18 +119,20 @@ class Coreset(nn.Module):
             log_spread = log_spread.masked_fill(hidden, -torch.inf)
         top = log_spread.amax((-2, -1), keepdim=True)
         top = top.masked_fill(top == -torch.inf, 0)  # all of it padding
-        return Landmarks(y, landmark, log_spread, half, _gram(landmark), own, real, mean, top)
+        return Found(y, landmark, log_spread, half, _gram(landmark), own, real, mean, top)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, scale: float = 1.0) -> Tensor:
+    def select(
+        self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, scale: float, joined: bool
+    ) -> Landmarks | Factors:
+        found = self._landmarks(q, k, key_mask, scale)
+        return self._factors(found, q, scale) if joined else self._contracted(found, v)
+
+    def _contracted(self, found: Found, v: Tensor) -> Landmarks:
         """Without a sparse part: the long sums in float32, only what is solved in float64."""
-        group = q.shape[1] // k.shape[1]
-        if group > 1:
-            k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-        y, landmark, log_spread, half, gram, own, real, _, top = self._landmarks(q, k, key_mask, scale)
+        y, landmark, log_spread, half, gram, own, real, _, top = found
         values = v.float()
         shift = log_spread.amax(-1, keepdim=True).clamp(min=TINY)
         spread = (log_spread - shift).exp()
-        del log_spread
         summed = torch.cat((spread @ values, spread.sum(-1, keepdim=True)), dim=-1)  # (B, H, m, e + 1)
         del spread
         nystrom = _solve(gram, summed.double() * (shift - top).double().exp())
@@ -133,48 +140,30 @@ class Coreset(nn.Module):
         cluster = torch.cat(members, dim=-1).double() * (half - top).double().exp()
         both = torch.stack((nystrom, cluster))
         both = (both / both.abs().amax((0, -2, -1), keepdim=True).clamp(min=1e-300)).float()
-        both = torch.cat((both[0], both[1]), dim=-1)  # (B, H, m, 2 (e + 1))
-        out = []
-        for rows in y.split(kmeans.CHUNK, 2):
-            log_phi = _log_phi(rows, landmark, half)
-            smooth, constant = ((log_phi - log_phi.amax(-1, keepdim=True)).exp() @ both).chunk(2, -1)
-            sums = torch.where(_wrong(smooth[..., -1:], constant[..., -1:]), constant, smooth)  # (B, H, rows, e + 1)
-            total = sums[..., -1:]
-            out.append((sums[..., :-1] / total.masked_fill(total == 0, 1)).to(v.dtype))
-        return torch.cat(out, 2)
+        return Landmarks(y, landmark, half, torch.cat((both[0], both[1]), dim=-1))
 
-    def summarise(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Summary:
-        y, landmark, log_spread, half, gram, own, real, mean, top = self._landmarks(q, k, key_mask)
+    def _factors(self, found: Found, q: Tensor, scale: float) -> Factors:
+        """Beside a sparse part: the weights alternate in sign and are subtracted from, so in float64. Rows that stray from the
+        clusters read, in place of their weights, which cluster each key is of.
+        """
+        y, landmark, log_spread, half, gram, own, real, mean, top = found
         log_phi = _log_phi(y, landmark, half)
-        # the weights alternate in sign, and what the support covers is subtracted: in float64, as in FAVOR+
         shift = log_phi.amax(-1, keepdim=True)
         phi = (log_phi - shift).double().exp()  # (B, H, n, m)
-        spread = (log_spread - top).double().exp()
-        values = torch.cat((v, torch.ones_like(v[..., :1])), dim=-1).double()
+        spread = (log_spread - top).double().exp().mT  # (B, H, n, m)
         height = (half - top).double().exp()  # (B, H, m, 1) exp(y.l) = phi height
+        member = F.one_hot(own, self.rank).double() * real.double()[..., None]  # (B, H, n, m)
         weight, level = _solve(gram, phi.mT).mT, phi * height.mT  # (B, H, n, m)
-        nystrom = weight @ (spread @ values)
-        cluster = phi @ (height * kmeans.sums(values, own, self.rank, real.double()))
-        wrong = _wrong(nystrom[..., -1:], cluster[..., -1:])  # (B, H, n, 1)
-        sums = torch.where(wrong, cluster, nystrom)
-
-        def entries(tiles: Tiles) -> Tensor:
-            smooth = take(weight, tiles.query) @ take(spread.mT, tiles.key).mT
-            constant = columns(take(level, tiles.query), take(own[..., None], tiles.key).squeeze(-1))
-            return torch.where(take(wrong, tiles.query), constant, smooth)
-
-        return Summary(shift + top + q.float() @ mean.mT, sums[..., :-1], sums[..., -1:], entries)
+        wrong = strays((weight @ spread.sum(-2)[..., None]), (level @ member.sum(-2)[..., None]))  # (B, H, n, 1)
+        left = torch.cat((weight.masked_fill(wrong, 0), level.masked_fill(~wrong, 0)), dim=-1)
+        return Factors(shift + top + scale * (q.float() @ mean.mT), left, torch.cat((spread, member), dim=-1))
 
     def dense(self, q: Tensor, k: Tensor, key_mask: Tensor | None) -> Tensor:
         y, landmark, log_spread, half, gram, own, real, mean, _ = self._landmarks(q, k, key_mask)
         phi = (_log_phi(y, landmark, half) + q.float() @ mean.mT).double().exp()
         nystrom = phi @ torch.linalg.inv(gram) @ log_spread.double().exp()
         cluster = (phi * half.mT.double().exp()).gather(-1, own[..., None, :].expand_as(nystrom)) * real[..., None, :]
-        return torch.where(_wrong(nystrom.sum(-1, keepdim=True), cluster.sum(-1, keepdim=True)), cluster, nystrom)
-
-
-def _wrong(nystrom: Tensor, cluster: Tensor) -> Tensor:
-    return (nystrom < LOW * cluster) | (nystrom > HIGH * cluster)
+        return torch.where(strays(nystrom.sum(-1, keepdim=True), cluster.sum(-1, keepdim=True)), cluster, nystrom)
 
 
 def _log_phi(y: Tensor, landmark: Tensor, half: Tensor) -> Tensor:

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import SbpatchError
-from .registry import Geometry, Summary, Tiles, register
-from .tiles import take
-
-CHUNK = 64  # keys a step of the causal prefix sums
+from .core import Features
+from .registry import Geometry, LowRank, register
 
 
 def orthogonal_rows(count: int, width: int, generator: torch.Generator) -> Tensor:
@@ -26,15 +23,12 @@ def orthogonal_rows(count: int, width: int, generator: torch.Generator) -> Tenso
 
 
 @register("favor")
-class Favor(nn.Module):
+class Favor(LowRank):
     """phi(x)_r = exp(w_r.x - |x|^2 / 2) / sqrt(m), so that E[phi(q).phi(k)] = exp(q.k), with `rank` features.
 
-    Stabilised in logarithms: each feature by its largest key, then each query by its largest feature. Both cancel in the
-    quotient, and no real key underflows because of another one. The sums are taken in float64, because the covered pairs
-    are subtracted from them: what is left may be 1e-7 of the total, which is nothing in float32.
+    Kept as logarithms; how they are stabilised and summed is in pairwise.py.
     """
 
-    kind: ClassVar[Literal["low-rank"]] = "low-rank"
     projection: Tensor  # (H, m, d)
 
     def __init__(self, site: Geometry, seed: int, rank: int) -> None:
@@ -44,7 +38,7 @@ class Favor(nn.Module):
         generator = torch.Generator().manual_seed(seed)
         rows = torch.stack([orthogonal_rows(rank, site.head_dim, generator) for _ in range(site.heads)])
         self.register_buffer("projection", rows, persistent=False)
-        self.rank, self.stored, self.causal = rank, 2.0 * rank, site.causal
+        self.rank, self.stored = rank, 2.0 * rank
 
     @classmethod
     def sized(cls, stored: float, site: Geometry) -> dict[str, int] | None:
@@ -55,31 +49,11 @@ class Favor(nn.Module):
         x = x.float()
         return x @ self.projection.float().mT - x.square().sum(-1, keepdim=True) / 2 - math.log(self.rank) / 2
 
-    def summarise(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Summary:
-        log_q, log_k = self.log_features(q), self.log_features(k)
+    def select(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, scale: float, joined: bool) -> Features:
+        log_query, log_key = self.log_features(q * scale**0.5), self.log_features(k * scale**0.5)
         if key_mask is not None:
-            log_k = log_k.masked_fill(~key_mask[:, None, :, None], -torch.inf)
-        top_k = log_k.amax(-2, keepdim=True).clamp(min=torch.finfo(torch.float32).min)  # (B, H, 1, m)
-        shift = (log_q + top_k).amax(-1, keepdim=True)  # (B, H, n, 1)
-        phi_q = (log_q + top_k - shift).double().exp()  # (B, H, n, m)
-        phi_k = (log_k - top_k).double().exp()
-        ones = torch.ones_like(v[..., :1])
-        values = torch.cat((v, ones), dim=-1).double()  # the last column sums to the denominator
-        sums = self._causal(phi_q, phi_k, values) if self.causal else phi_q @ (phi_k.mT @ values)
-
-        def entries(tiles: Tiles) -> Tensor:
-            return take(phi_q, tiles.query) @ take(phi_k, tiles.key).mT
-
-        return Summary(shift, sums[..., :-1], sums[..., -1:], entries)
-
-    def _causal(self, phi_q: Tensor, phi_k: Tensor, values: Tensor) -> Tensor:
-        """sum_{j <= i} (phi_q_i . phi_k_j) values_j by chunks: a running (m, d) state, and a triangle within the chunk."""
-        state = torch.zeros(*phi_k.shape[:2], self.rank, values.shape[-1], dtype=values.dtype, device=values.device)
-        out = []
-        for a, b, c in zip(phi_q.split(CHUNK, 2), phi_k.split(CHUNK, 2), values.split(CHUNK, 2), strict=True):
-            out.append(a @ state + (a @ b.mT).tril() @ c)
-            state = state + b.mT @ c
-        return torch.cat(out, dim=2)
+            log_key = log_key.masked_fill(~key_mask[:, None, :, None], -torch.inf)
+        return Features(log_query, log_key)
 
     def dense(self, q: Tensor, k: Tensor, key_mask: Tensor | None) -> Tensor:
         return self.log_features(q).double().exp() @ self.log_features(k).double().exp().mT

@@ -14,15 +14,15 @@ models, and whether it holds the large entries of the softmax is up to the model
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from typing import ClassVar, Literal
+from collections.abc import Iterable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import SbpatchError
+from .core import Tiles
 from .patterns import shared_keys
-from .registry import Geometry, Tiles, register
+from .registry import Geometry, Sparse, register
 
 NULL = 1e-13  # directions with less than this share of the largest squared length are rounding
 STEPS = 40  # of the fixed point for the Lewis weights; it contracts by |1 - p/2| or 1 - 2/p a step
@@ -77,14 +77,12 @@ def stream_leverage(chunks: Iterable[Tensor], keys: int) -> Tensor:
 
 
 @register("leverage")
-class Leverage(nn.Module):
+class Leverage(Sparse):
     """All queries read the `keys` of largest score: leverage for `power` 2, else Lewis weights of that power.
 
     With `chunk` above 0 (and power 2) the set is found in one pass over the keys in chunks of that many; otherwise all keys
     are scored at once. Bidirectional: the scores are those among all keys.
     """
-
-    kind: ClassVar[Literal["sparse"]] = "sparse"
 
     def __init__(self, site: Geometry, seed: int, keys: int, power: int = 2, chunk: int = 0) -> None:
         super().__init__()
@@ -115,9 +113,9 @@ class Leverage(nn.Module):
             return stream_leverage(k.split(self.chunk, dim=-2), keys)
         return lewis_weights(k, self.power).topk(keys, dim=-1).indices
 
-    def rounds(self, q: Tensor, k: Tensor, key_mask: Tensor | None) -> Iterator[Tiles]:
+    def select(self, q: Tensor, k: Tensor, key_mask: Tensor | None, scale: float) -> list[Tiles]:
         index = self.universal(k, key_mask)
-        yield shared_keys(index, torch.ones_like(index, dtype=torch.bool), q.shape[-2], self.heads)
+        return [shared_keys(index, torch.ones_like(index, dtype=torch.bool), q.shape[-2], self.heads)]
 
     def dense(self, q: Tensor, k: Tensor, key_mask: Tensor | None) -> Tensor:
         n = k.shape[-2]

@@ -23,7 +23,7 @@ class Linear(Favor):
         self.rank = site.head_dim
         if rank not in (None, self.rank):
             raise SbpatchError(f"the rank of linear attention is the head width {self.rank}, not {rank}")
-        self.stored, self.causal = 2.0 * self.rank, site.causal
+        self.stored = 2.0 * self.rank
 
     @classmethod
     def sized(cls, stored: float, site: Geometry) -> dict[str, int] | None:

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from typing import ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import SbpatchError
-from .registry import Geometry, Tiles, register
+from .core import Tiles
+from .registry import Geometry, Sparse, register
 
 
 @register("lsh")
-class Lsh(nn.Module):
+class Lsh(Sparse):
     """`rounds` hash rounds of balanced clusters with `bucket` queries and keys each; their union, each pair once.
 
     Queries and keys are lifted so that distance orders pairs by q.k,
@@ -23,7 +22,6 @@ class Lsh(nn.Module):
     but later keys take part in the sorting and so in which earlier keys a query meets.
     """
 
-    kind: ClassVar[Literal["sparse"]] = "sparse"
     projection: Tensor  # (H, R, d + 2)
 
     def __init__(self, site: Geometry, seed: int, bucket: int, rounds: int = 2) -> None:
@@ -35,6 +33,10 @@ class Lsh(nn.Module):
         line = torch.randn(site.heads, rounds, site.head_dim + 2, generator=generator)
         self.register_buffer("projection", line, persistent=False)
         self.nnz = float(min(rounds * bucket, site.tokens))
+
+    @classmethod
+    def tried(cls, site: Geometry, entropy_ratio: float) -> str | None:
+        return None if site.causal else "lsh+clusters"
 
     @classmethod
     def sized(cls, stored: float, site: Geometry) -> dict[str, int] | None:
@@ -59,18 +61,19 @@ class Lsh(nn.Module):
         rank = torch.arange(order.shape[-1], device=order.device).expand_as(order)
         return torch.zeros_like(order).scatter(-1, order, rank) // self.bucket
 
-    def rounds(self, q: Tensor, k: Tensor, key_mask: Tensor | None) -> Iterator[Tiles]:
+    def select(self, q: Tensor, k: Tensor, key_mask: Tensor | None, scale: float) -> list[Tiles]:
         n = q.shape[-2]
         count = math.ceil(n / self.bucket)
         q_order, k_order = self._order(q, k, key_mask)
         q_bucket, k_bucket = self._buckets(q_order), self._buckets(k_order)
         position = torch.arange(count * self.bucket, device=q.device)
         filled = (position < n).view(count, 1, self.bucket)  # the last cluster may be short of keys
+        found = []
         for r in range(self.hash_rounds):
             padded = position.clamp(max=n - 1)
             query = q_order[:, :, r][..., padded].unflatten(-1, (count, self.bucket))
             key = k_order[:, :, r][..., padded].unflatten(-1, (count, self.bucket))
-            valid = filled.expand(*query.shape[:-1], self.bucket, self.bucket)
+            valid = filled  # (T, 1, bucket)
             for earlier in range(r):  # a pair that met before is counted there and only there
                 a = q_bucket[:, :, earlier].gather(-1, query.flatten(2)).view_as(query)
                 b = k_bucket[:, :, earlier].gather(-1, key.flatten(2)).view_as(key)
@@ -78,7 +81,8 @@ class Lsh(nn.Module):
             slot = torch.zeros_like(q_order[:, :, r]).scatter(
                 -1, q_order[:, :, r], position[:n].expand_as(q_order[:, :, r])
             )
-            yield Tiles(query, key, valid, slot)
+            found.append(Tiles(query, key, valid, slot))
+        return found
 
     def dense(self, q: Tensor, k: Tensor, key_mask: Tensor | None) -> Tensor:
         q_order, k_order = self._order(q, k, key_mask)

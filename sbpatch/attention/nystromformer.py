@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import SbpatchError
 from . import kmeans
-from .registry import Geometry, register
+from .registry import Geometry, Whole, register
 
 
 @register("nystromformer")
-class Nystromformer(nn.Module):
+class Nystromformer(Whole):
     """`rank` landmarks q' and k', the means of equal stretches of queries and of keys:
 
         A = softmax(q k'^T) pinv(softmax(q' k'^T)) softmax(q' k^T)
@@ -22,7 +20,6 @@ class Nystromformer(nn.Module):
     It stores a row of the first factor and a column of the last, 2 m entries a token.
     """
 
-    kind: ClassVar[Literal["whole"]] = "whole"
     STEPS = 6  # of the iteration for the pseudo-inverse, as in the paper
 
     def __init__(self, site: Geometry, seed: int, rank: int) -> None:
@@ -61,8 +58,8 @@ class Nystromformer(nn.Module):
             z = z @ (13 * identity - az @ (15 * identity - az @ (7 * identity - az))) / 4
         return z
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Tensor:
-        first, inverse, last = self._factors(q.float(), k.float(), key_mask)
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, scale: float) -> Tensor:
+        first, inverse, last = self._factors(q.float() * scale**0.5, k.float() * scale**0.5, key_mask)
         return (first @ (inverse @ (last @ v.float()))).to(v.dtype)
 
     def dense(self, q: Tensor, k: Tensor, key_mask: Tensor | None) -> Tensor:

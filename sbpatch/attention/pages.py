@@ -6,26 +6,23 @@ consecutive keys is ranked by its mean key, as in Quest (arXiv 2406.10774) and M
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import ClassVar, Literal
-
 import torch
 from torch import Tensor, nn
 
 from ..errors import SbpatchError
-from .registry import Geometry, Tiles, register
-from .tiles import blocks
+from .core import Tiles
+from .patterns import blocks
+from .registry import Geometry, Sparse, register
 
 
 @register("pages")
-class Pages(nn.Module):
+class Pages(Sparse):
     """The first `first` tokens, the last `window` keys, and the `pages` best pages of `PAGE` keys before those.
 
     Runs of `GROUP` consecutive queries share their pages, ranked by mean query . mean key, and the start of their window, so
     that no key falls between both. For causal sites; ranking computes n / (PAGE GROUP) scores a row, which are dropped at once.
     """
 
-    kind: ClassVar[Literal["sparse"]] = "sparse"
     PAGE = 16
     GROUP = 16
 
@@ -35,7 +32,7 @@ class Pages(nn.Module):
             raise SbpatchError("pages look back in a causal sequence; use top-clusters or top-blocks here")
         if window < 1 or pages < 1 or first < 1:
             raise SbpatchError(f"pages need a window, pages and first of at least 1, not {window}, {pages} and {first}")
-        self.site, self.window, self.pages, self.first = site, window, pages, first
+        self.site, self.window, self.pages, self.first, self.near = site, window, pages, first, window
         row = torch.arange(site.tokens)
         start = row // self.GROUP * self.GROUP
         low = (start - window + 1).clamp(min=0)  # where the window of the row's group begins
@@ -71,7 +68,7 @@ class Pages(nn.Module):
         best, index = score.topk(min(self.pages, len(page)), dim=-1)
         return index, best > -torch.inf
 
-    def rounds(self, q: Tensor, k: Tensor, key_mask: Tensor | None) -> Iterator[Tiles]:
+    def select(self, q: Tensor, k: Tensor, key_mask: Tensor | None, scale: float) -> list[Tiles]:
         n, device = q.shape[-2], q.device
         query, slot = blocks(-(-n // self.GROUP), self.GROUP, n, device)
         near = query[:, :1] + torch.arange(1 - self.window, self.GROUP, device=device)  # (G, window + GROUP - 1)
@@ -90,7 +87,7 @@ class Pages(nn.Module):
         )
         valid = used[..., None, :] & (key[..., None, :] <= query[..., :, None])
         key = key.clamp(0, n - 1)
-        yield Tiles(query.expand(*lead, -1, -1), key, valid, slot.expand(*lead, -1))
+        return [Tiles(query.expand(*lead, -1, -1), key, valid, slot.expand(*lead, -1))]
 
     def dense(self, q: Tensor, k: Tensor, key_mask: Tensor | None) -> Tensor:
         """Row by row: the first tokens, from the start of the run's window to the row, and the run's pages."""

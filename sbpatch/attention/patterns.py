@@ -7,11 +7,16 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from .registry import Tiles
-from .tiles import blocks
+from .core import Tiles
 
 BLOCK = 128  # queries of a tile that share a list of keys
 UNIT = 2**31  # places along a sequence are integers over this: exact, and no dtype of the model rounds them
+
+
+def blocks(count: int, size: int, n: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Consecutive tokens in blocks: query index (count, size), the last block repeating token n - 1, and slots (n,)."""
+    position = torch.arange(count * size, device=device)
+    return position.clamp(max=n - 1).view(count, size), position[:n]
 
 
 def mean_pairs(rounds: Iterable[Tiles], causal: bool) -> float:
@@ -48,5 +53,5 @@ def shared_keys(key: Tensor, valid: Tensor, n: int, heads: int) -> Tiles:
     if key.ndim == 2:
         key, valid = (x[:, None].expand(-1, heads, -1) for x in (key, valid))
     key = key[..., None, :].expand(*key.shape[:-1], len(query), -1)
-    valid = valid[..., None, None, :].expand(*valid.shape[:-1], *query.shape, -1)
+    valid = valid[..., None, None, :].expand(*valid.shape[:-1], len(query), 1, -1)
     return Tiles(query, key, valid, slot)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..errors import SbpatchError
 from ..masks import allowed
+from .core import with_heads
 from .registry import Geometry
 from .scatterbrain import Scatterbrain
 
@@ -43,8 +44,10 @@ Layer = Scatterbrain | Exact
 class PerHead(nn.Module):
     """One layer a group of heads; `heads[i]` are the query heads that `layers[i]` computes.
 
+    Query heads that share keys stay together, so that a layer gets each key head once.
+
     Raises:
-        SbpatchError: the groups are not a partition of the site's heads.
+        SbpatchError: the groups are not a partition of the site's heads, or part heads that share keys.
     """
 
     method = "per-head"
@@ -55,10 +58,18 @@ class PerHead(nn.Module):
         flat = [head for group in heads for head in group]
         if sorted(flat) != list(range(site.heads)):
             raise SbpatchError(f"groups {[list(group) for group in heads]} are not the {site.heads} heads, each once")
+        size = site.group
+        shared = [[head // size for head in group[::size]] for group in heads]
+        if any(
+            list(group) != [k * size + i for k in mine for i in range(size)]
+            for group, mine in zip(heads, shared, strict=True)
+        ):
+            raise SbpatchError(f"groups {[list(group) for group in heads]} part heads that share keys, {size} each")
         self.site, self.heads = site, [list(group) for group in heads]
         self.layers = nn.ModuleList(layers)
-        for i, group in enumerate(self.heads):
+        for i, (group, mine) in enumerate(zip(self.heads, shared, strict=True)):
             self.register_buffer(f"heads_{i}", torch.tensor(group), persistent=False)
+            self.register_buffer(f"keys_{i}", torch.tensor(mine), persistent=False)
         self.register_buffer("order", torch.tensor(flat).argsort(), persistent=False)
         self.nnz = self._mean("nnz")
         self.stored = self._mean("stored")
@@ -71,10 +82,14 @@ class PerHead(nn.Module):
         self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None, scale: float | None = None
     ) -> Tensor:
         """As `Scatterbrain`: q (B, H, n, d), k and v of H or fewer heads, key_mask (B, n) bool -> (B, H, n, e)."""
-        size = q.shape[1] // k.shape[1]  # query heads that share a key head
-        found = []
-        for i, layer in enumerate(self.layers):
-            index = self.get_buffer(f"heads_{i}")
-            shared = index // size
-            found.append(layer(q[:, index], k[:, shared], v[:, shared], key_mask=key_mask, scale=scale))
+        k, v = (with_heads(x, self.site.heads // self.site.group) for x in (k, v))
+        found = [
+            layer(
+                q[:, self.get_buffer(f"heads_{i}")],
+                *(x[:, self.get_buffer(f"keys_{i}")] for x in (k, v)),
+                key_mask=key_mask,
+                scale=scale,
+            )
+            for i, layer in enumerate(self.layers)
+        ]
         return torch.cat(found, 1)[:, self.order]

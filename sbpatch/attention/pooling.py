@@ -12,10 +12,9 @@ import torch
 from torch import Tensor
 
 from ..errors import SbpatchError
-from . import kmeans
 from .clusters import Clusters
-from .registry import Geometry, Summary, Tiles, register
-from .tiles import columns, take
+from .core import Points
+from .registry import Geometry, register
 
 
 @register("pooling")
@@ -27,10 +26,14 @@ class Pooling(Clusters):
 
     def __init__(self, site: Geometry, seed: int, rank: int) -> None:
         super().__init__(site, seed, rank, steps=0)
+        self.causal = site.causal
         if site.grid is not None and rank <= min(1, site.prefix):
             raise SbpatchError(f"pooling needs a rank of at least 2 beside class tokens, not {rank}")
         self.site = site
-        self.CAUSAL_CHUNK = math.ceil(site.tokens / rank)  # the longest pool
+        self.unread = math.ceil(site.tokens / rank)  # the longest pool
+
+    def _refuse_causal(self, site: Geometry) -> None:
+        pass  # pools are stretches of the sequence, and a query reads those that are over
 
     @classmethod
     def sized(cls, stored: float, site: Geometry) -> dict[str, int] | None:
@@ -52,26 +55,15 @@ class Pooling(Clusters):
         patches = (row[:, None] * wide + col).flatten()
         return torch.cat((patches.new_full((self.site.prefix,), high * wide), patches))
 
-    def _clusters(self, k: Tensor, v: Tensor, key_mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """As the nearest-centre clusters: pool of each key, counts, mean keys and mean values."""
-        index = self._pools(k.shape[-2], k.device).expand(*k.shape[:3])
-        k, v = k.float(), v.float()
-        keep = k.new_ones(k.shape[0], 1, k.shape[2]) if key_mask is None else key_mask[:, None].to(k.dtype)
-        count = kmeans.counts(index, self.rank, keep)
-        mean_k, mean_v = (kmeans.sums(x, index, self.rank, keep) / count.clamp(min=1) for x in (k, v))
-        return index, count, mean_k, mean_v
+    def _assigned(self, k: Tensor, key_mask: Tensor | None) -> Tensor:
+        return self._pools(k.shape[-2], k.device).expand(*k.shape[:3])
 
-    def _summarise_causal(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Summary:
-        own, count, mean_k, mean_v = self._clusters(k, v, key_mask)
-        past = torch.arange(self.rank, device=k.device) < own[0, 0, :, None]  # (n, m)
-        logits = (q @ mean_k.mT).masked_fill(~past | (count.mT == 0), -torch.inf)
-        shift = logits.amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).min)
-        weight = (logits - shift).exp()  # a pool that is not over weighs nothing, on the support too
-
-        def entries(tiles: Tiles) -> Tensor:
-            return columns(take(weight, tiles.query), take(own[..., None], tiles.key).squeeze(-1))
-
-        return Summary(shift, weight @ (count * mean_v), weight @ count, entries)
+    def select(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, scale: float, joined: bool) -> Points:
+        points = super().select(q, k, v, key_mask, scale, joined)
+        if not self.causal:
+            return points
+        own, past = self._pools(k.shape[-2], k.device), torch.arange(self.rank, device=k.device)
+        return points._replace(ready=(own[:, None] <= past).sum(0))  # after the last token of each pool
 
     def dense(self, q: Tensor, k: Tensor, key_mask: Tensor | None) -> Tensor:
         q, pool = q.double() * self._sharp(q.double()), self._pools(k.shape[-2], k.device)

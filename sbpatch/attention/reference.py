@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .registry import Joined
 from .scatterbrain import Scatterbrain
 
 
@@ -34,19 +35,25 @@ def scatterbrain_matrix(
     """
     half = scale**0.5
     q, k = q * half, k * half
-    if layer.low_rank is not None and layer.low_rank.kind == "whole":
-        return layer.low_rank.dense(q, k, key_mask)
+    part = layer.low_rank
+    if part is not None and part.kind == "whole":
+        return part.dense(q, k, key_mask)
     pairs = allowed_pairs(k.shape[-2], layer.site.causal, key_mask, q.device)
     entries = torch.zeros(*q.shape[:2], *pairs.shape[-2:], dtype=torch.float64, device=q.device)
-    if layer.low_rank is not None:
-        entries = layer.low_rank.dense(q, k, key_mask)
-    if layer.support is not None:
+    if part is not None:
+        entries = part.dense(q, k, key_mask)
+    support = None
+    if isinstance(part, Joined):
+        support = part.pairs(q, k, key_mask)
+    elif layer.support is not None:
         support = layer.support.dense(q, k, key_mask)
+    if support is not None:
         if not layer.naive:  # where L is signed and does not leave a positive remainder, there is none
             rest = entries.masked_fill(support | ~pairs, 0).sum(-1, keepdim=True)
             entries = entries.masked_fill(rest <= 0, 0)
         if layer.gain is not None:
-            entries = entries * layer.gain.double().exp()[:, None, None]
+            gain = layer.gain.repeat_interleave(q.shape[1] // len(layer.gain))  # of heads, or of key heads
+            entries = entries * gain.double().exp()[:, None, None]
         exact = (q.double() @ k.double().mT).exp()
         entries = torch.where(support, exact + entries if layer.naive else exact, entries)
     entries = entries.masked_fill(~pairs, 0)

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from typing import ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import SbpatchError
-from .registry import Geometry, Tiles, register
+from .core import Tiles
+from .registry import Geometry, Sparse, register
 
 
 @register("reformer")
-class Reformer(nn.Module):
+class Reformer(Sparse):
     """`rounds` hash rounds; a chunk of `bucket` queries reads the chunk of keys at its place and the one before.
 
     Tokens are sorted by h(x) = argmax [xR, -xR], two rotations R giving two digits, then by position. Reformer trains with
@@ -23,7 +22,6 @@ class Reformer(nn.Module):
     On a causal site later keys take part in the sorting, though no query reads one.
     """
 
-    kind: ClassVar[Literal["sparse"]] = "sparse"
     rotation: Tensor  # (H, R, 2, d, s)
 
     def __init__(self, site: Geometry, seed: int, bucket: int, rounds: int = 2) -> None:
@@ -62,23 +60,25 @@ class Reformer(nn.Module):
         behind = (query[..., :, None] - key[..., None, :]) % count
         return behind <= 1
 
-    def rounds(self, q: Tensor, k: Tensor, key_mask: Tensor | None) -> Iterator[Tiles]:
+    def select(self, q: Tensor, k: Tensor, key_mask: Tensor | None, scale: float) -> list[Tiles]:
         n = q.shape[-2]
         count = math.ceil(n / self.bucket)
         q_order, k_order = self._order(q, None), self._order(k, key_mask)
         q_chunk, k_chunk = self._chunks(q_order), self._chunks(k_order)
         position = torch.arange(count * self.bucket, device=q.device).view(count, self.bucket)
         before = torch.cat((position, position.roll(1, 0)), dim=1) if count > 1 else position
+        found = []
         for r in range(self.hash_rounds):
             query = q_order[:, :, r][..., position.clamp(max=n - 1)]  # (B, H, G, b)
             key = k_order[:, :, r][..., before.clamp(max=n - 1)]  # (B, H, G, 2 b)
-            valid = (before < n)[:, None, :].expand(*query.shape, -1)
+            valid = (before < n)[:, None, :]  # (T, 1, 2 b)
             for earlier in range(r):  # a pair that met before is counted there and only there
                 a = q_chunk[:, :, earlier].gather(-1, query.flatten(2)).view_as(query)
                 b = k_chunk[:, :, earlier].gather(-1, key.flatten(2)).view_as(key)
                 valid = valid & ~self._meets(a, b, count)
             place = position.flatten()[:n].expand_as(q_order[:, :, r])
-            yield Tiles(query, key, valid, torch.zeros_like(place).scatter(-1, q_order[:, :, r], place))
+            found.append(Tiles(query, key, valid, torch.zeros_like(place).scatter(-1, q_order[:, :, r], place)))
+        return found
 
     def dense(self, q: Tensor, k: Tensor, key_mask: Tensor | None) -> Tensor:
         q_chunk, k_chunk = self._chunks(self._order(q, None)), self._chunks(self._order(k, key_mask))

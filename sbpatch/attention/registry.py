@@ -1,21 +1,23 @@
 """The one registry of attention methods, and what a method is made of.
 
 A method is a sparse part, a low-rank part, or both joined by '+': `window`, `clusters`, `lsh+favor`. A part is one class
-in one file, registered under its name; `sbpatch.attention.scatterbrain` composes any two of them by the paper's algebra.
-`naive:lsh+favor` adds the two without taking L off the support, the paper's baseline. A method that is no sum of such
-parts is registered as a whole and stands alone. docs/adding-a-method.md shows all it takes to add one.
+in one file, registered under its name. A part selects: it says which keys the queries of a tile read exactly, or what stands
+for the other keys; `core.attend` computes the attention of any two of them by the paper's algebra. `naive:lsh+favor` adds the
+two without taking L off the support, the paper's baseline. A method whose two halves depend on each other is registered as
+joined, one that is no such sum as whole; both stand alone. docs/adding-a-method.md shows all it takes to add one.
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple, Protocol, TypeVar
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal, TypeVar
 
 from torch import Tensor, nn
 
 from ..errors import SbpatchError
+from .core import LowRankData, Selection, Tiles
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,7 @@ class Geometry:
     """What a layer may know of its site when it is built.
 
     `grid` is (rows, columns) of an image's tokens, which follow `prefix` class tokens; None where tokens are a sequence.
+    `key_heads` are the heads of keys and values where runs of query heads share them (grouped queries), else 0.
     """
 
     tokens: int
@@ -31,100 +34,129 @@ class Geometry:
     causal: bool = False
     grid: tuple[int, int] | None = None
     prefix: int = 0
+    key_heads: int = 0
 
     @property
     def row_keys(self) -> float:
         """Keys that exact attention reads for one query row, on average: what a budget is a share of."""
         return (self.tokens + 1) / 2 if self.causal else self.tokens
 
+    def of_heads(self, heads: int) -> Geometry:
+        """The same for some of its heads, whole runs of those that share keys."""
+        return replace(self, heads=heads, key_heads=heads // self.group if self.key_heads else 0)
 
-class Tiles(NamedTuple):
-    """One round of a sparse support: G groups, each `bq` queries against `bk` keys. Nothing n x n is ever formed.
+    @property
+    def group(self) -> int:
+        """Query heads that share one head of keys and values."""
+        return self.heads // self.key_heads if self.key_heads else 1
 
-    Leading dimensions are absent where the pattern is the same for every sample and head, else (B, H).
+
+Kind = Literal["sparse", "low-rank", "joined", "whole"]
+
+
+class Part(nn.Module):
+    """What every part of a method declares; its subclass is the method's one file. The defaults are those of most parts.
+
+    The four kinds below add one function each: `select`, which computes no attention (see core.py), or `forward`. It takes
+    q, k (B, H, n, d) and v (B, H, n, e) as the model has them, the logits being scale q.k; key_mask (B, n), True for real keys.
     """
 
-    query: Tensor  # (..., G, bq) int64: rows of q; a padding slot repeats some row
-    key: Tensor  # (..., G, bk) int64: rows of k
-    valid: Tensor  # (..., G, bq, bk) bool: the pairs this round covers, minus those an earlier round covered
-    slot: Tensor  # (..., n) int64: where in the flattened (G * bq) the result for each query lies
+    kind: ClassVar[Kind]
 
+    grouped: ClassVar[bool] = False  # takes k and v of fewer heads than q as they are; other parts get them repeated
+    fitted: ClassVar[bool] = False  # `fit` takes something from the sample's queries and keys
+    by_content: ClassVar[bool] = False  # sparse: finds a query's largest keys
+    analysis_only: ClassVar[bool] = False  # forms the whole n x n matrix
+    learned: ClassVar[tuple[str, ...]] = ()  # buffers, one number a head, that calibration tunes (factors, 1 at first)
 
-class Summary(NamedTuple):
-    """A low-rank part contracted with the values: for query row i, with everything scaled by exp(-shift_i).
-
-    `entries(tiles)` gives L_ij for the pairs of a tile, (B, H, G, bq, bk), in the same scaling.
-    """
-
-    shift: Tensor  # (B, H, n, 1) logarithm of the row's scale
-    numerator: Tensor  # (B, H, n, d) sum_j L_ij v_j
-    denominator: Tensor  # (B, H, n, 1) sum_j L_ij
-    entries: Callable[[Tiles], Tensor]
-
-
-class Support(Protocol):
-    """A sparse part: which (query, key) pairs are computed exactly. Implementations are `nn.Module`s."""
-
-    kind: ClassVar[Literal["sparse"]]
-    nnz: float  # exact pairs per query row, on average
+    nnz: float = 0.0  # exact pairs per query row, on average
+    rank: int = 0  # size of the low-rank part
+    stored: float = 0.0  # entries per query row that it keeps: 2 m for features, m + 1 for points
+    near: int = 0  # sparse: how many of the latest keys every query of a causal site reads
+    unread: int = 0  # low-rank: how many of the latest keys no query of a causal site gets from it
 
     @classmethod
     def sized(cls, stored: float, site: Geometry) -> dict[str, int] | None:
         """Parameters that store about `stored` entries a row, at most; None where the part cannot be that small."""
-
-    def rounds(self, q: Tensor, k: Tensor, key_mask: Tensor | None) -> Iterator[Tiles]: ...
-
-    def dense(self, q: Tensor, k: Tensor, key_mask: Tensor | None) -> Tensor:
-        """The support by its plain definition: bool, broadcastable to (B, H, n, n). For tests and analysis."""
-
-
-class LowRank(Protocol):
-    """A low-rank part L. Implementations are `nn.Module`s.
-
-    One that has a faster way without a sparse part and causality has `attend(q, k, v, key_mask, scale)` too, and one whose
-    tensors come from data has `fit(query, key)`: it sees second moments and returns the parameters that follow from them.
-    """
-
-    kind: ClassVar[Literal["low-rank"]]
-    rank: int
-    stored: float  # entries per query row, on average: 2m for features, m + 1 for clusters
+        raise NotImplementedError
 
     @classmethod
-    def sized(cls, stored: float, site: Geometry) -> dict[str, int] | None: ...
-
-    def summarise(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Summary: ...
-
-    def dense(self, q: Tensor, k: Tensor, key_mask: Tensor | None) -> Tensor:
-        """L by its plain definition, (B, H, n, n) float64, not normalised. For tests and analysis."""
-
-
-class Whole(Protocol):
-    """A method that normalises its matrix itself, so that nothing can be added to it. Implementations are `nn.Module`s."""
-
-    kind: ClassVar[Literal["whole"]]
-    rank: int
-    stored: float  # entries per query row
+    def variants(cls, stored: float, site: Geometry) -> list[dict[str, int]]:
+        """All settings of about that size that calibration tries, the best guess first."""
+        size = cls.sized(stored, site)
+        return [] if size is None else [size]
 
     @classmethod
-    def sized(cls, stored: float, site: Geometry) -> dict[str, int] | None: ...
+    def tried(cls, site: Geometry, entropy_ratio: float) -> str | None:
+        """The method with this part that `auto` tries at a site whose mean entropy is that share of ln n, if any."""
+        return None
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Tensor:
+    def fit(self, query: Tensor, key: Tensor) -> dict[str, int]:
+        """Take what is needed from second moments (H, d, d) of the sample; returns the parameters that follow from them."""
+        return {}
+
+    def dense(self, q: Tensor, k: Tensor, key_mask: Tensor | None) -> Tensor:
+        """The same by its plain definition, logits being q.k, for tests and analysis. Sparse: the support, bool, broadcastable
+        to (B, H, n, n). Low-rank and joined: L, not normalised. Whole: the matrix that multiplies the values. Both (B, H, n, n)
+        float64.
+        """
+        raise NotImplementedError
+
+
+class Sparse(Part):
+    """A part that says which (query, key) pairs are computed exactly."""
+
+    kind = "sparse"
+
+    def select(self, q: Tensor, k: Tensor, key_mask: Tensor | None, scale: float) -> list[Tiles]:
+        """The support in rounds of tiles, each pair once."""
+        raise NotImplementedError
+
+
+class LowRank(Part):
+    """A part that approximates exp(scale q.k) for all pairs. `joined`: a sparse part stands beside it."""
+
+    kind = "low-rank"
+
+    def select(
+        self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, scale: float, joined: bool
+    ) -> LowRankData:
+        raise NotImplementedError
+
+
+class Joined(Part):
+    """A method whose sparse and low-rank halves depend on each other."""
+
+    kind = "joined"
+
+    def select(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, scale: float) -> Selection:
+        raise NotImplementedError
+
+    def pairs(self, q: Tensor, k: Tensor, key_mask: Tensor | None) -> Tensor:
+        """The support by its plain definition, as `dense` of a sparse part."""
+        raise NotImplementedError
+
+
+class Whole(Part):
+    """A method that normalises its matrix itself, so that nothing can be added to it."""
+
+    kind = "whole"
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, scale: float) -> Tensor:
         """The output, (B, H, n, e)."""
-
-    def dense(self, q: Tensor, k: Tensor, key_mask: Tensor | None) -> Tensor:
-        """The attention matrix as it multiplies the values, (B, H, n, n) float64. For tests and analysis."""
+        raise NotImplementedError
 
 
-PARTS: dict[str, Any] = {}  # name -> class that satisfies Support, LowRank or Whole
+PARTS: dict[str, type[Part]] = {}
 ALIASES = {"mra2": "top-blocks+pooling"}  # methods of the literature that are two of these parts
 NAIVE = "naive:"
-Part = TypeVar("Part", bound=type[nn.Module])
+AnyPart = TypeVar("AnyPart", bound=type[Part])
 
 
-def register(name: str) -> Callable[[Part], Part]:
+def register(name: str) -> Callable[[AnyPart], AnyPart]:
     """Class decorator: make a part known by `name` to `--method`, calibration and comparison."""
 
-    def decorate(cls: Part) -> Part:
+    def decorate(cls: AnyPart) -> AnyPart:
         if name in PARTS:
             raise ValueError(f"attention part '{name}' is registered twice")
         PARTS[name] = cls
@@ -134,7 +166,7 @@ def register(name: str) -> Callable[[Part], Part]:
 
 
 def parse_method(method: str) -> tuple[str | None, str | None]:
-    """Split a method name into its (sparse, low-rank) part names, either of them None; a whole method counts as low-rank.
+    """Split a method name into its (sparse, low-rank) part names, either of them None; joined and whole ones count as low-rank.
 
     Raises:
         SbpatchError: an unknown part (near matches are named), two parts of one kind, or a whole method with another part.
@@ -151,7 +183,7 @@ def parse_method(method: str) -> tuple[str | None, str | None]:
                 f"unknown attention method '{name}' in '{method}'; {hint} (join a sparse and a low-rank one by '+')"
             )
         kind = PARTS[name].kind
-        if kind == "whole" and len(names) > 1:
+        if kind in ("whole", "joined") and len(names) > 1:
             raise SbpatchError(f"'{name}' is a method of its own and joins no other part, as '{method}' would have it")
         if kind == "sparse" and sparse is None:
             sparse = name

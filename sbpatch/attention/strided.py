@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import ClassVar, Literal
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import SbpatchError
+from .core import Tiles
 from .patterns import UNIT, mean_pairs, real_tokens, shared_keys
-from .registry import Geometry, Tiles, register
+from .registry import Geometry, Sparse, register
 
 
 @register("strided")
-class Strided(nn.Module):
+class Strided(Sparse):
     """`keys` tokens at even strides over those that are not padding, the first one included: j = t n / keys."""
 
-    kind: ClassVar[Literal["sparse"]] = "sparse"
     place: Tensor  # (keys,) int64, ascending, see real_tokens
 
     def __init__(self, site: Geometry, seed: int, keys: int) -> None:
@@ -36,8 +33,8 @@ class Strided(nn.Module):
     def _places(self, keys: int, seed: int) -> Tensor:
         return -(-torch.arange(keys) * UNIT // keys)  # rounded up, or t n / keys would come out one short
 
-    def rounds(self, q: Tensor, k: Tensor, key_mask: Tensor | None) -> Iterator[Tiles]:
-        yield shared_keys(*real_tokens(self.place, q.shape[-2], key_mask), q.shape[-2], self.heads)
+    def select(self, q: Tensor, k: Tensor, key_mask: Tensor | None, scale: float) -> list[Tiles]:
+        return [shared_keys(*real_tokens(self.place, q.shape[-2], key_mask), q.shape[-2], self.heads)]
 
     def dense(self, q: Tensor, k: Tensor, key_mask: Tensor | None) -> Tensor:
         n = q.shape[-2]

@@ -7,26 +7,22 @@ matrix; here each query block takes equally many, so that shapes do not depend o
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from typing import ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import SbpatchError
-from .registry import Geometry, Tiles, register
-from .tiles import take
+from .core import Tiles, take
+from .registry import Geometry, Sparse, register
 
 
 @register("top-blocks")
-class TopBlocks(nn.Module):
+class TopBlocks(Sparse):
     """The `blocks` best key blocks for each query block, its own always among them.
 
     Blocks are `block` consecutive tokens, or squares of about as many patches on a grid; class tokens have blocks of their
     own. A query block ranks key blocks by q.k of the means plus ln(count), over the past where the site is causal.
     """
-
-    kind: ClassVar[Literal["sparse"]] = "sparse"
 
     def __init__(self, site: Geometry, seed: int, blocks: int, block: int = 16) -> None:
         super().__init__()
@@ -84,12 +80,13 @@ class TopBlocks(nn.Module):
         score = score.masked_fill(block == block[:, None], torch.inf)
         return score.topk(min(self.blocks, len(index)), dim=-1, sorted=False).indices
 
-    def rounds(self, q: Tensor, k: Tensor, key_mask: Tensor | None) -> Iterator[Tiles]:
+    def select(self, q: Tensor, k: Tensor, key_mask: Tensor | None, scale: float) -> list[Tiles]:
+        q = q * scale  # counts weigh beside the logits
         n = q.shape[-2]
         index, slot = self._table(n, q.device)
         key = index[self._best(q, k, key_mask, index)].flatten(-2)  # (B, H, G, p * b)
-        valid = (index < n)[:, :, None] & (key < n)[..., None, :]
-        yield Tiles(index.clamp(max=n - 1), key.clamp(max=n - 1), valid, slot)
+        valid = (key < n)[..., None, :]
+        return [Tiles(index.clamp(max=n - 1), key.clamp(max=n - 1), valid, slot)]
 
     def dense(self, q: Tensor, k: Tensor, key_mask: Tensor | None) -> Tensor:
         n = q.shape[-2]

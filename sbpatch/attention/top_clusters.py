@@ -7,22 +7,20 @@ Routing Transformer, arXiv 2003.05997; Quest, arXiv 2406.10774).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import ClassVar, Literal
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import SbpatchError
-from .registry import Geometry, Tiles, register
-from .tiles import take
+from .core import Tiles, take
+from .registry import Geometry, Sparse, register
 from .tree import balanced_tree
 
+PEAKED = 0.8  # entropy / ln n below which a query's largest keys are looked for by content, not only by place
 CHUNK = 256  # query groups ranked at once: the (groups, clusters) scores never exceed this many rows
 
 
 @register("top-clusters")
-class TopClusters(nn.Module):
+class TopClusters(Sparse):
     """The `probes` best clusters of `CLUSTER` keys for each group of `GROUP` similar queries.
 
     Keys and queries are grouped by balanced trees over their principal axes, so all shapes depend on n alone. A group
@@ -30,7 +28,7 @@ class TopClusters(nn.Module):
     are not attention entries and are dropped at once. Not causal: the trees are built over all tokens.
     """
 
-    kind: ClassVar[Literal["sparse"]] = "sparse"
+    by_content = True
     CLUSTER = 4
     GROUP = 8
 
@@ -42,6 +40,10 @@ class TopClusters(nn.Module):
             raise SbpatchError("top-clusters groups all tokens, the future included, and cannot be causal; use window")
         self.probes = probes
         self.nnz = float(min(probes * self.CLUSTER, site.tokens))
+
+    @classmethod
+    def tried(cls, site: Geometry, entropy_ratio: float) -> str | None:
+        return "top-clusters+clusters" if entropy_ratio < PEAKED and not site.causal else None
 
     @classmethod
     def sized(cls, stored: float, site: Geometry) -> dict[str, int] | None:
@@ -58,14 +60,15 @@ class TopClusters(nn.Module):
             best.append(score.topk(min(self.probes, score.shape[-1]), dim=-1, sorted=False).indices)
         return query, cluster, torch.cat(best, dim=2)
 
-    def rounds(self, q: Tensor, k: Tensor, key_mask: Tensor | None) -> Iterator[Tiles]:
+    def select(self, q: Tensor, k: Tensor, key_mask: Tensor | None, scale: float) -> list[Tiles]:
+        q = q * scale  # counts weigh beside the logits
         n = q.shape[-2]
         query, cluster, best = self._groups(q, k, key_mask)
         key = take(cluster, best).flatten(-2)  # (B, H, G, p * CLUSTER)
-        valid = (query < n)[..., :, None] & (key < n)[..., None, :]
+        valid = (key < n)[..., None, :]
         position = torch.arange(query[0, 0].numel(), device=q.device).expand_as(query.flatten(2))
         slot = torch.zeros_like(position).scatter(-1, query.flatten(2), position)[..., :n]
-        yield Tiles(query.clamp(max=n - 1), key.clamp(max=n - 1), valid, slot)
+        return [Tiles(query.clamp(max=n - 1), key.clamp(max=n - 1), valid, slot)]
 
     def dense(self, q: Tensor, k: Tensor, key_mask: Tensor | None) -> Tensor:
         """Row by row: the group of each query, and the clusters that this group took."""

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import ClassVar, Literal
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import SbpatchError
-from .registry import Geometry, Tiles, register
+from .core import Tiles
+from .registry import Geometry, Sparse, register
 
 
 @register("topk")
-class TopK(nn.Module):
+class TopK(Sparse):
     """The `keys` largest logits of each query. An oracle for analysis: it forms the whole n x n matrix to find them."""
 
-    kind: ClassVar[Literal["sparse"]] = "sparse"
     analysis_only = True
 
     def __init__(self, site: Geometry, seed: int, keys: int) -> None:
@@ -41,11 +38,11 @@ class TopK(nn.Module):
             logits = logits.masked_fill(future, -torch.inf)
         return logits.topk(min(self.keys, k.shape[-2]), dim=-1).indices
 
-    def rounds(self, q: Tensor, k: Tensor, key_mask: Tensor | None) -> Iterator[Tiles]:
+    def select(self, q: Tensor, k: Tensor, key_mask: Tensor | None, scale: float) -> list[Tiles]:
         key = self._best(q, k, key_mask)
         row = torch.arange(q.shape[-2], device=q.device)
         every = torch.ones(1, dtype=torch.bool, device=q.device).expand(*key.shape[:3], 1, key.shape[-1])
-        yield Tiles(row[:, None], key, every, row)
+        return [Tiles(row[:, None], key, every, row)]
 
     def dense(self, q: Tensor, k: Tensor, key_mask: Tensor | None) -> Tensor:
         best = self._best(q, k, key_mask)

@@ -3,28 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from typing import ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import SbpatchError
-from .registry import Geometry, Tiles, register
-from .tiles import blocks
+from .core import Tiles
+from .patterns import blocks
+from .registry import Geometry, Sparse, register
 
 
 @register("window")
-class Window(nn.Module):
+class Window(Sparse):
     """A band of `window` keys around each query (the last `window` keys, itself included, where the site is causal)."""
-
-    kind: ClassVar[Literal["sparse"]] = "sparse"
 
     def __init__(self, site: Geometry, seed: int, window: int) -> None:
         super().__init__()
         if window < 1:
             raise SbpatchError(f"window is {window}; it must be at least 1 (leave the sparse part out for none)")
-        self.window = window
+        self.window = self.near = window
         self.left = window - 1 if site.causal else window // 2
         self.right = window - 1 - self.left
         n = site.tokens
@@ -32,10 +29,14 @@ class Window(nn.Module):
         self.nnz = 1 + sum(c - c * (c + 1) / (2 * n) for c in sides)  # n - t rows have a key at distance t
 
     @classmethod
+    def tried(cls, site: Geometry, entropy_ratio: float) -> str | None:
+        return "window+clusters" if site.grid is None and not site.causal else None
+
+    @classmethod
     def sized(cls, stored: float, site: Geometry) -> dict[str, int] | None:
         return {"window": int(stored)} if stored >= 1 else None
 
-    def rounds(self, q: Tensor, k: Tensor, key_mask: Tensor | None) -> Iterator[Tiles]:
+    def select(self, q: Tensor, k: Tensor, key_mask: Tensor | None, scale: float) -> list[Tiles]:
         n = q.shape[-2]
         size = min(max(self.window, 16), 128, n)  # a tile computes (size + window) keys a row to use `window` of them
         count = math.ceil(n / size)
@@ -44,7 +45,7 @@ class Window(nn.Module):
         key = query[:, :1] + reach  # (G, bk), may run out of the sequence at either end
         offset = key[:, None, :] - torch.arange(count * size, device=q.device).view(count, size, 1)
         valid = (offset >= -self.left) & (offset <= self.right) & ((key >= 0) & (key < n))[:, None, :]
-        yield Tiles(query, key.clamp(0, n - 1), valid, slot)
+        return [Tiles(query, key.clamp(0, n - 1), valid, slot)]
 
     def dense(self, q: Tensor, k: Tensor, key_mask: Tensor | None) -> Tensor:
         i = torch.arange(q.shape[-2], device=q.device)
@@ -53,13 +54,12 @@ class Window(nn.Module):
 
 
 @register("window2d")
-class Window2d(nn.Module):
+class Window2d(Sparse):
     """A `window` x `window` neighbourhood on the image's grid. Class tokens are read by all and read each other.
 
     In one dimension a window of 49 keys on a 56-wide image sees no vertical neighbour; seven by seven sees them all.
     """
 
-    kind: ClassVar[Literal["sparse"]] = "sparse"
     TILE = 8  # queries a side of a tile; the halo of a 7-wide window is 14 x 14 keys
 
     query: Tensor
@@ -81,6 +81,10 @@ class Window2d(nn.Module):
             self.register_buffer(name, table, persistent=False)
         in_use = tables[2].flatten(0, 1)[tables[3]]  # (n, bk): padding slots left out
         self.nnz = float(in_use.sum() / site.tokens)
+
+    @classmethod
+    def tried(cls, site: Geometry, entropy_ratio: float) -> str | None:
+        return "window2d+clusters" if site.grid is not None and not site.causal else None
 
     @classmethod
     def sized(cls, stored: float, site: Geometry) -> dict[str, int] | None:
@@ -125,12 +129,12 @@ class Window2d(nn.Module):
             key, valid = torch.cat((key, key[:1])), torch.cat((valid, own))
         return query, key, valid, slot
 
-    def rounds(self, q: Tensor, k: Tensor, key_mask: Tensor | None) -> Iterator[Tiles]:
+    def select(self, q: Tensor, k: Tensor, key_mask: Tensor | None, scale: float) -> list[Tiles]:
         if q.shape[-2] != self.site.tokens:
             raise SbpatchError(
                 f"window2d was calibrated for {self.site.tokens} tokens and got {q.shape[-2]}; calibrate at this input size"
             )
-        yield Tiles(self.query, self.key, self.valid, self.slot)
+        return [Tiles(self.query, self.key, self.valid, self.slot)]
 
     def dense(self, q: Tensor, k: Tensor, key_mask: Tensor | None) -> Tensor:
         assert self.site.grid is not None

@@ -30,7 +30,7 @@ PARAMETERS: dict[str, dict[str, int]] = {
     "lsh+clusters": {"bucket": 5, "rounds": 2, "rank": 9},
 }
 METHODS = list(PARAMETERS)
-CAUSAL_METHODS = ["window", "lsh", "favor", "window+favor", "window+clusters", "lsh+favor"]
+CAUSAL_METHODS = ["window", "lsh", "favor", "window+favor", "lsh+favor"]
 ANY_LENGTH = [m for m in METHODS if "window2d" not in m]  # window2d is tied to its grid
 CASES = [(m, False) for m in METHODS] + [(m, True) for m in CAUSAL_METHODS]
 
@@ -40,8 +40,6 @@ def build(
 ) -> Any:
     """A layer with the small parameters above; `n` is ignored by window2d, whose tokens are GRID after PREFIX."""
     parameters = PARAMETERS[method] | change
-    if causal and method.endswith("clusters"):  # a causal query must see its own chunk through the window
-        parameters["window"] = max(parameters["window"], Clusters.CAUSAL_CHUNK + 6)
     on_grid = "window2d" in method
     tokens = GRID[0] * GRID[1] + PREFIX if on_grid else n
     grid, prefix = (GRID, PREFIX) if on_grid else (None, 0)

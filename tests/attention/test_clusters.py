@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sbpatch.attention import Geometry, Scatterbrain
+from sbpatch.attention import Geometry, Scatterbrain, pairwise
 from sbpatch.attention.clusters import Clusters
 from sbpatch.attention.kmeans import lloyd
 from sbpatch.attention.reference import exact_matrix
@@ -27,8 +27,8 @@ def test_counts_sum_to_the_real_keys(n: int, rank: int, steps: int, masked: bool
     layer = build("clusters", n, rank=rank, steps=steps)
     q, k, v = draw(layer)
     mask = padding(2, n, seed=rank) if masked else torch.ones(2, n, dtype=torch.bool)
-    _, count, _, _ = layer.low_rank._clusters(k, v, mask if masked else None)
-    assert torch.equal(count.sum((-1, -2)), mask.sum(-1)[:, None].expand(-1, 2).float())
+    count = layer.low_rank.select(q, k, v, mask if masked else None, 1.0, joined=False).counts
+    assert torch.equal(count.sum(-1), mask.sum(-1)[:, None].expand(-1, 2).float())
     found = layer(torch.zeros_like(q), k, v, mask if masked else None)[:, :, 0]
     wanted = (v * mask[:, None, :, None]).sum(2) / mask.sum(-1).clamp(min=1)[:, None, None]
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
@@ -92,13 +92,12 @@ def test_a_cluster_for_every_key_is_exact_attention(sparse: str) -> None:
 
 @pytest.mark.parametrize("masked", [False, True])
 def test_one_fused_call_equals_the_summary(masked: bool) -> None:
-    """Without a sparse part the layer takes another way through the same clusters."""
+    """Without a sparse part attention over the clusters is one call; the general form sums over them instead."""
     layer = build("clusters", 130)
     q, k, v = draw(layer)
     mask = padding(2, 130) if masked else None
-    summary = layer.low_rank.summarise(q, k, v, mask)
-    fused = layer.low_rank.attend(q, k, v, mask)
-    torch.testing.assert_close(fused, summary.numerator / summary.denominator, rtol=1e-4, atol=1e-5)
+    general = pairwise.merged(*layer.split(q, k, v, mask, 0.3), None)
+    torch.testing.assert_close(layer(q, k, v, mask, 0.3), general, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("method", ["clusters", "window+clusters"])
@@ -113,30 +112,6 @@ def test_padding_a_batch_changes_nothing(method: str, side: str) -> None:
     mask = torch.zeros(1, 110, dtype=torch.bool)
     mask[:, real] = True
     torch.testing.assert_close(build(method, 110)(q, k, v, mask)[:, :, real], alone, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("window", [64, 100])
-@pytest.mark.parametrize("rank", [1, 3, 40])
-def test_causal_queries_read_only_the_chunks_before_their_own(rank: int, window: int) -> None:
-    """Off the window, a key weighs in exactly where its whole chunk of 64 is past; its own chunk the window holds."""
-    n = 200
-    layer = build("window+clusters", n, causal=True, rank=rank, window=window)
-    q, k, _ = draw(layer)
-    rows = probe(layer, q, k)
-    i, j = torch.arange(n)[:, None], torch.arange(n)[None, :]
-    read = (j <= i) & ((j > i - window) | (j // 64 < i // 64))
-    assert torch.equal(rows > 0, read.expand_as(rows))
-    assert torch.equal(read, j <= i)  # which is all of the past
-
-
-@pytest.mark.parametrize("first", [63, 64, 65, 128, 150])
-def test_causal_clusters_do_not_see_the_future(first: int) -> None:
-    layer = build("window+clusters", 200, causal=True, rank=12, window=64)
-    q, k, v = draw(layer)
-    before = layer(q, k, v)
-    k[:, :, first:], v[:, :, first:] = torch.randn(8), torch.randn(8)
-    torch.testing.assert_close(layer(q, k, v)[:, :, :first], before[:, :, :first], rtol=0, atol=1e-6)
-    assert not torch.allclose(layer(q, k, v)[:, :, first:], before[:, :, first:], atol=1e-2)
 
 
 def test_a_covered_key_leaves_its_cluster() -> None:

@@ -9,7 +9,8 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from sbpatch.attention import Geometry
+from sbpatch.attention import Geometry, pairwise
+from sbpatch.attention.core import Selection
 from sbpatch.attention.favor import Favor, orthogonal_rows
 
 from .helpers import allowed, build, favor_entries, padding, probe, support_pairs, unnormalise
@@ -22,6 +23,14 @@ def draws(n: int, d: int, length: float) -> tuple[Tensor, Tensor]:
     """One q and k of moderate length, seen by every head."""
     q, k = (length * torch.nn.functional.normalize(torch.randn(1, 1, n, d), dim=-1) for _ in range(2))
     return q.expand(-1, DRAWS, -1, -1), k.expand(-1, DRAWS, -1, -1)
+
+
+def sums(part: Favor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> pairwise.Sums:
+    """Shift, numerator and denominator of the features alone, logits being q.k."""
+    selection = Selection([], part.select(q, k, v, mask, 1.0, joined=True))
+    _, low = pairwise.split(q, k, v, selection, 1.0, mask, causal, naive=False)
+    assert low is not None
+    return low
 
 
 def z_scores(sample: Tensor, truth: Tensor) -> Tensor:
@@ -94,12 +103,12 @@ def test_stabilised_sums_are_the_naive_formula(n: int, rank: int, length: float,
     part = Favor(Geometry(n, 2, 8, causal), 0, rank)
     q, k, v = length * torch.randn(2, 2, n, 8), length * torch.randn(2, 2, n, 8), torch.randn(2, 2, n, 5)
     mask = padding(2, n) if masked else None
-    found = part.summarise(q, k, v, mask)
+    shift, numerator, denominator = sums(part, q, k, v, mask, causal)
     entries = favor_entries(part, q, k).masked_fill(~allowed(n, causal, mask), 0)
-    scale = found.shift.double().exp()
-    torch.testing.assert_close(found.denominator * scale, entries.sum(-1, keepdim=True), rtol=1e-4, atol=0)
+    scale = shift.double().exp()
+    torch.testing.assert_close(denominator * scale, entries.sum(-1, keepdim=True), rtol=1e-4, atol=0)
     torch.testing.assert_close(
-        found.numerator * scale, entries @ v.double(), rtol=1e-4, atol=1e-4 * entries.sum(-1).max().item()
+        numerator * scale, entries @ v.double(), rtol=1e-4, atol=1e-4 * entries.sum(-1).max().item()
     )
 
 
@@ -149,8 +158,8 @@ def test_theorem_2(sparse: str, causal: bool) -> None:
     rows = unnormalise(probe(layer, q, k), logits, support)[0]  # from the layer's own output
     met = support[0].any(-1)
     identity = torch.eye(n).expand(1, DRAWS, -1, -1)
-    summary = alone.summarise(q, k, identity, None)
-    favor = (summary.numerator * summary.shift.double().exp())[0]
+    shift, numerator, _ = sums(alone, q, k, identity, None, causal)
+    favor = (numerator * shift.double().exp())[0]
 
     # entry by entry: the truth on the support, the features' own estimate off it
     features = favor_entries(layer.low_rank, q[:, :1], k[:, :1])[0] * pairs

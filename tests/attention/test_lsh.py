@@ -34,13 +34,17 @@ def test_pairs_are_the_plain_definition(n: int, bucket: int, rounds: int, masked
     assert torch.equal(part.dense(q, k, mask) & real, plain & real)
 
     counts = torch.zeros(2, 2, n, n, dtype=torch.long)
-    for tiles in part.rounds(q, k, mask):
+    for tiles in part.select(q, k, mask, 1.0):
         used = tiles.slot  # (B, H, n): the place that answers each query
         query = tiles.query.flatten(2).gather(-1, used)
         assert torch.equal(query, torch.arange(n).expand_as(query))
         group = used // part.bucket
         keys = tiles.key.gather(2, group[..., None].expand(-1, -1, -1, part.bucket))
-        valid = tiles.valid.flatten(2, 3).gather(2, used[..., None].expand(-1, -1, -1, part.bucket))
+        valid = (
+            tiles.valid.expand(*tiles.query.shape, -1)
+            .flatten(2, 3)
+            .gather(2, used[..., None].expand(-1, -1, -1, part.bucket))
+        )
         counts.scatter_add_(-1, keys, valid.long())
     assert torch.equal(counts * real, (plain & real).long())
 

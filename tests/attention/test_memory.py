@@ -25,7 +25,7 @@ METHODS: dict[str, dict[str, int]] = {
     "lsh+favor": {"bucket": 32, "rounds": 2, "rank": 16},
     "lsh+clusters": {"bucket": 32, "rounds": 2, "rank": 32},
 }
-CAUSAL = ["window", "lsh", "favor", "window+favor", "window+clusters", "lsh+favor"]
+CAUSAL = ["window", "lsh", "favor", "window+favor", "lsh+favor"]
 
 
 def allocations(work: Callable[[], object]) -> tuple[int, int]:

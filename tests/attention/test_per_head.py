@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import replace
 
 import pytest
 import torch
@@ -23,9 +22,9 @@ def layers(site: Geometry, groups: list[list[int]]) -> PerHead:
     kinds = [
         lambda g: Exact(g),
         lambda g: Scatterbrain("window", g, 0, window=9),
-        lambda g: Scatterbrain("window+clusters", g, 0, window=64, rank=6),
+        lambda g: Scatterbrain("window+favor" if g.causal else "window+clusters", g, 0, window=64, rank=6),
     ]
-    return PerHead(site, groups, [kinds[i % 3](replace(site, heads=len(group))) for i, group in enumerate(groups)])
+    return PerHead(site, groups, [kinds[i % 3](site.of_heads(len(group))) for i, group in enumerate(groups)])
 
 
 @given(
@@ -74,8 +73,8 @@ def test_groups_that_are_no_partition(groups):
 @pytest.mark.parametrize("causal", [False, True])
 def test_grouped_queries_share_their_keys(method, causal):
     """k and v with a third of q's heads give what repeated ones give; the dense definition agrees."""
-    if causal and method in ("clusters", "lsh+clusters"):
-        pytest.skip("causal clusters need a window")
+    if causal and method != "window":
+        pytest.skip("clusters are not causal")
     sizes = {"window": 64, "rank": 6, "bucket": 9, "rounds": 2}
     takes = {"clusters": ["rank"], "window": ["window"], "lsh": ["bucket", "rounds"]}
     names = [name for part in method.split("+") for name in takes[part]]
@@ -88,11 +87,29 @@ def test_grouped_queries_share_their_keys(method, causal):
         torch.testing.assert_close(layer(q, k, v).double(), dense, atol=1e-4, rtol=1e-3)
 
 
+def test_heads_that_share_keys_stay_together():
+    site = Geometry(N, 6, WIDTH, causal=True, key_heads=3)
+    groups = [[2, 3], [0, 1, 4, 5]]
+    layer = layers(site, groups)
+    q, (k, v) = torch.randn(2, 6, N, WIDTH), torch.randn(2, 2, 3, N, WIDTH)
+    found = layer(q, k, v)
+    for group, shared, part in zip(groups, [[1], [0, 2]], layer.layers, strict=True):
+        torch.testing.assert_close(found[:, group], part(q[:, group], k[:, shared], v[:, shared]))
+    torch.testing.assert_close(
+        layer(q, *(x.repeat_interleave(2, 1) for x in (k, v))), found
+    )  # a model that repeats them
+    assert "share keys" in refused(layers, site, [[1, 2], [0, 3, 4, 5]])
+
+
 def test_what_a_causal_row_stores_on_average():
     """Counted in the dense matrices: columns that a row reads exactly, and clusters that have begun before it."""
     site = Geometry(200, 1, WIDTH, causal=True)
     assert site.row_keys == float((exact_matrix(*torch.randn(2, 1, 1, 200, 4), 1.0).tril() > 0).sum()) / 200
-    layer = Scatterbrain("window+clusters", site, 0, window=64, rank=10)
-    begun = sum(-(-10 * (row // 64) // 4) for row in range(200)) / 200  # 10 clusters over 4 chunks: 3, 5, 8, 10 so far
-    assert layer.low_rank.stored == pytest.approx(1 + begun)
-    assert layer.nnz == pytest.approx(sum(min(row + 1, 64) for row in range(200)) / 200)
+    assert Scatterbrain("window", site, 0, window=64).nnz == pytest.approx(
+        sum(min(row + 1, 64) for row in range(200)) / 200
+    )
+    layer = Scatterbrain("blocks", site, 0, epoch=64, block=8, blocks=3, first=4)
+    past = [row // 64 * 8 for row in range(200)]  # 8 blocks in each of the epochs that are over
+    assert layer.low_rank.stored == pytest.approx(1 + sum(max(m - 3, 0) for m in past) / 200)
+    exact = sum(row % 64 + 1 + (4 if row >= 64 else 0) + 8 * min(m, 3) for row, m in enumerate(past)) / 200
+    assert layer.nnz == pytest.approx(exact)

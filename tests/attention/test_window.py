@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sbpatch.attention import Geometry
-from sbpatch.attention.registry import Tiles
+from sbpatch.attention.core import Tiles
 from sbpatch.attention.window import Window, Window2d
 from sbpatch.errors import SbpatchError
 
@@ -35,7 +35,7 @@ lengths = st.integers(1, 300)
 def test_the_band_is_the_plain_definition(n: int, window: int, causal: bool) -> None:
     part = Window(Geometry(n, 1, 4, causal), 0, window)
     x = torch.zeros(1, 1, n, 4)
-    (tiles,) = part.rounds(x, x, None)
+    (tiles,) = part.select(x, x, None, 1.0)
     plain = window_pairs(n, window, causal)
     assert torch.equal(pairs_of(tiles, n), plain.long())
     assert torch.equal(part.dense(x, x, None), plain)
@@ -56,7 +56,7 @@ def test_nnz_is_the_counted_support(n: int, window: int, causal: bool) -> None:
 def test_a_layer_built_for_one_length_serves_another(n: int, causal: bool) -> None:
     part = Window(Geometry(64, 1, 4, causal), 0, 9)
     x = torch.zeros(1, 1, n, 4)
-    (tiles,) = part.rounds(x, x, None)
+    (tiles,) = part.select(x, x, None, 1.0)
     assert torch.equal(pairs_of(tiles, n).bool(), window_pairs(n, 9, causal))
 
 
@@ -68,7 +68,7 @@ def test_the_grid_window_is_the_plain_definition(grid: tuple[int, int], prefix: 
     n = grid[0] * grid[1] + prefix
     part = Window2d(Geometry(n, 1, 4, grid=grid, prefix=prefix), 0, window)
     x = torch.zeros(1, 1, n, 4)
-    (tiles,) = part.rounds(x, x, None)
+    (tiles,) = part.select(x, x, None, 1.0)
     plain = window2d_pairs(grid, prefix, window)
     assert torch.equal(pairs_of(tiles, n), plain.long())
     assert torch.equal(part.dense(x, x, None), plain)
@@ -87,7 +87,7 @@ def test_a_grid_window_refuses_another_size() -> None:
     part = Window2d(Geometry(12, 1, 4, grid=(3, 4)), 0, 3)
     x = torch.zeros(1, 1, 20, 4)
     with pytest.raises(SbpatchError, match="calibrated for 12 tokens and got 20"):
-        list(part.rounds(x, x, None))
+        list(part.select(x, x, None, 1.0))
 
 
 @given(stored=st.floats(0, 500), n=lengths, causal=st.booleans())

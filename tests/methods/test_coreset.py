@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sbpatch.attention import PARTS, Geometry, Scatterbrain, kmeans
+from sbpatch.attention import PARTS, Geometry, Scatterbrain, kmeans, pairwise
 from sbpatch.attention.coreset import JITTER, balanced, newton_inverse
 from sbpatch.errors import SbpatchError
 
@@ -113,13 +113,13 @@ def test_it_is_invariant_to_a_common_key_and_fitted_to_the_scale_between_q_and_k
 
 @pytest.mark.parametrize("padded", [False, True])
 def test_the_fused_way_is_the_composed_one(padded: bool, mask: Callable[..., Tensor]) -> None:
-    """`attend` in float32 against the sums that a sparse part would be joined to, in float64; grouped heads included."""
+    """Landmarks in float32 against the sums that a sparse part would be joined to, in float64; grouped heads included."""
     q, (k, v) = torch.randn(2, 4, 70, 8), torch.randn(2, 2, 2, 70, 8)
     key_mask = mask(70) if padded else None
     layer = Scatterbrain("coreset", Geometry(70, 4, 8), 0, rank=12, directions=5)
     _, low = layer.split(q, k, v, key_mask, 0.5)
     torch.testing.assert_close(
-        layer(q, k, v, key_mask, 0.5), layer.merged(None, low, None).float(), atol=1e-4, rtol=1e-4
+        layer(q, k, v, key_mask, 0.5), pairwise.merged(None, low, None).float(), atol=1e-4, rtol=1e-4
     )
 
 

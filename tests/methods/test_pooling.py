@@ -40,7 +40,7 @@ def test_causal_pools_leave_no_key_unread() -> None:
 
 def test_causal_pools_need_a_window_of_their_length() -> None:
     site = Geometry(70, 1, 8, causal=True)
-    with pytest.raises(SbpatchError, match=r"causal pooling summarise whole chunks of 9 keys.*not 8"):
+    with pytest.raises(SbpatchError, match=r"causal pooling summarise whole stretches of 9 keys.*not 8"):
         Scatterbrain("window+pooling", site, 0, window=8, rank=8)
     with pytest.raises(SbpatchError, match="not 0"):
         Scatterbrain("mra2", site, 0, blocks=2, rank=8)

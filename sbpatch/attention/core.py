@@ -1,0 +1,149 @@
+"""Select, then attend: what the parts of a method hand over, and the one function that computes attention from it.
+
+A method selects: `Tiles` say which keys a run of queries reads exactly; `Points`, `Features` or `Landmarks` stand for the
+others. `attend` does the rest, by the paper's algebra (arXiv 2110.15343, eq. 1 and 2): exp(q.k) on the support, L elsewhere.
+Where all queries of a tile read the same keys and points, that is plain attention over a short list, and one fused call
+computes many tiles (fused.py). Everything else goes pair by pair (pairwise.py), which is also the reference of the fused form.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Tiles(NamedTuple):
+    """One round of a sparse support: T tiles, each of g queries against a list of up to L keys. Nothing n x n is ever formed.
+
+    Leading dimensions are absent where the pattern is the same for every sample and head, else (B, H).
+    """
+
+    query: Tensor  # (..., T, g) int64: rows of q; a padding slot repeats some row
+    key: Tensor  # (..., T, L) int64: rows of k
+    valid: Tensor  # (..., T, g or 1, L) bool: pairs covered here and in no earlier round; 1: the same for all queries of a tile
+    slot: Tensor  # (..., n) int64: where in the flattened (T g) the result for each query lies
+    diagonal: bool = False  # causal: the first g keys are the tile's own tokens in order, all others lie before them
+    reach: tuple[tuple[int, int], ...] | None = (
+        None  # how many keys and points each tile reads, the first ones; None: all
+    )
+    whole: Tensor | None = (
+        None  # (..., T, p) int64: points all of whose keys the tile reads; of the others it reads none
+    )
+
+    @property
+    def shared(self) -> bool:
+        """Whether every query of a tile reads the same keys, the future apart."""
+        return self.valid.shape[-2] == 1
+
+
+class Points(NamedTuple):
+    """Keys in m groups, each with one point that stands for its keys: L_ij = exp(scale q_i.key_own(j)). H may be key heads."""
+
+    key: Tensor  # (B, H, m, d)
+    value: Tensor  # (B, H, m, e) mean of the keys' values
+    counts: Tensor  # (B, H, m) keys that it stands for
+    own: Tensor  # (B, H, n) int64: the point of each key; m: of none
+    ready: Tensor | None = None  # (m,) int64, causal: the first query that may read it, after the last of its keys
+
+
+class Features(NamedTuple):
+    """A feature map: L_ij = sum_r exp(log_query_ir + log_key_jr)."""
+
+    log_query: Tensor  # (B, H, n, m) float32
+    log_key: Tensor  # (B, H, n, m) float32; -inf at padding
+
+
+class Landmarks(NamedTuple):
+    """Weighted points already contracted with the values: row i of L v is sum_l exp(y_i.l - |l|^2 / 2) nystrom_l.
+
+    Weights may be negative, and a row whose sum strays from what clusters around the same landmarks give is theirs.
+    """
+
+    query: Tensor  # (B, H, n, r) y, float32
+    landmark: Tensor  # (B, H, m, r)
+    half: Tensor  # (B, H, m, 1) |l|^2 / 2
+    both: Tensor  # (B, H, m, 2 (e + 1)) Nystrom sums and cluster sums of the values, each with its sum of weights at the end
+
+
+class Factors(NamedTuple):
+    """L by factors that hold whatever sign: L_ij = exp(shift_i) left_i.right_j, float64."""
+
+    shift: Tensor  # (B, H, n, 1)
+    left: Tensor  # (B, H, n, m)
+    right: Tensor  # (B, H, n, m); zero at padding
+
+
+LowRankData = Points | Features | Factors | Landmarks
+
+
+class Selection(NamedTuple):
+    """What the queries of a call read: exact keys, round by round, and what stands for the other keys."""
+
+    tiles: list[Tiles]
+    low_rank: LowRankData | None
+
+
+def take(x: Tensor, index: Tensor) -> Tensor:
+    """Rows of x (B, H, n, d) at index (T, b) or (B, H, T, b) -> (B, H, T, b, d)."""
+    tiles, size = index.shape[-2:]
+    if index.ndim == 2:  # the same rows for every sample and head
+        return x.index_select(2, index.reshape(-1)).unflatten(2, (tiles, size))
+    batch, heads, n, width = x.shape
+    first = n * torch.arange(batch * heads, device=x.device).view(batch, heads, 1, 1)
+    return x.reshape(-1, width).index_select(0, (index + first).reshape(-1)).view(batch, heads, tiles, size, width)
+
+
+def restore(x: Tensor, slot: Tensor) -> Tensor:
+    """Inverse of taking queries: x (B, H, T, g, d) and slot (n,) or (B, H, n) -> (B, H, n, d)."""
+    return take(x.flatten(2, 3), slot[..., None, :]).squeeze(2)
+
+
+def repeated(x: Tensor, heads: int) -> Tensor:
+    """Keys or values (B, H_k, n, d) with `heads` heads, each one's repeated for the run of query heads that share it."""
+    return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], 1)
+
+
+def with_heads(x: Tensor, heads: int) -> Tensor:
+    """Keys or values with `heads` heads, fewer or more than they have: a model may have repeated grouped ones already."""
+    return x[:, :: x.shape[1] // heads] if x.shape[1] > heads else repeated(x, heads)
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    selection: Selection,
+    scale: float,
+    *,
+    key_mask: Tensor | None = None,
+    causal: bool = False,
+    gain: Tensor | None = None,
+    naive: bool = False,
+) -> Tensor:
+    """Attention of every query over what was selected for it.
+
+    Args:
+        q, k, v: (B, H, n, d), (B, H_k, n, d) and (B, H_k, n, e), H a multiple of H_k; the logits are scale q.k.
+        key_mask: (B, n) bool, True for real keys.
+        causal: no query reads a later key.
+        gain: (H_k,) nats added to the logits of the low-rank part where there is a sparse one.
+        naive: count the low-rank part on the support too, the paper's baseline.
+
+    Returns:
+        (B, H, n, e) in v's dtype; zeros for a query that no real key is left for.
+    """
+    from . import fused, pairwise  # they need the types above
+
+    tiles, low = selection
+    if isinstance(low, Landmarks):
+        return fused.over_landmarks(low, v.dtype)
+    if isinstance(low, Points) and not tiles and low.ready is None:
+        return fused.over_points(q, low, scale)
+    points = low if isinstance(low, Points) else None
+    ready = points is None or points.ready is None or (tiles and tiles[0].reach is not None)
+    if len(tiles) == 1 and tiles[0].shared and points is low and ready and not naive:
+        return fused.over_tiles(q, k, v, tiles[0], points, scale, key_mask, causal, gain)
+    sums = pairwise.split(q, k, v, selection, scale, key_mask, causal, naive)
+    return pairwise.merged(*sums, gain).to(v.dtype)
