@@ -311,7 +311,7 @@ def check_length(model: nn.Module, tokens: int) -> None:
     """
     limit = _positions(model)
     if limit is not None and tokens > limit:
-        raise SbpatchError(f"{type(model).__name__} has positions for {limit} tokens, not {tokens}: lower --length")
+        raise SbpatchError(f"{type(model).__name__} has positions for {limit} tokens, not {tokens}: ask for fewer")
 
 
 def _positions(model: nn.Module) -> int | None:
