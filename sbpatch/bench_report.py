@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 from rich.console import Group, RenderableType
 from rich.text import Text
 
@@ -57,7 +58,8 @@ def plot(rows: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
     right.set(xlabel="times faster than SDPA", ylabel="output error", xscale="log", yscale="log")
     right.axvline(1, color="black", linewidth=0.8, linestyle="--")
     for axis in (left.yaxis, right.xaxis, right.yaxis):
-        axis.set(major_formatter="{x:g}", minor_formatter="{x:g}")
+        low, high = axis.get_view_interval()
+        axis.set(major_formatter="{x:g}", minor_formatter="{x:g}" if high < 10 * low else NullFormatter())
     for panel in (left, right):
         panel.spines[["top", "right"]].set_visible(False)
         panel.grid(linewidth=0.3)

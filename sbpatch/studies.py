@@ -184,7 +184,8 @@ def _unpadded_set(loaded: Checkpoint, source: str | None, count: int, seed: int,
     found = tokens.sample_passages(stretches, preprocessing, count, seed)
     if not all(found[i][0]["attention_mask"].all() for i in range(count)):
         raise SbpatchError(
-            f"{text.name} has {len(words)} words, too few for {count} samples of {preprocessing.tokens} tokens: ask for fewer or shorter ones"
+            f"{text.name} has {len(words)} words, too few for {count} samples of {preprocessing.tokens} tokens: "
+            "ask for fewer or shorter ones"
         )
     return found
 
