@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter
+from matplotlib.ticker import LogLocator, NullFormatter
 from rich.console import Group, RenderableType
 from rich.text import Text
 
@@ -51,15 +51,18 @@ def plot(rows: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
         left.plot([row["tokens"] for row in mine], [row["ms"] for row in mine], **marks)
         off = [row for row in mine if name not in EXACT and row["output_error"] > 0]
         right.plot([row["speedup_vs_sdpa"] for row in off], [row["output_error"] for row in off], **marks)
+    together = ", all sites of that length" if any("sites" in row for row in measured) else ""
     lengths = sorted({row["tokens"] for row in measured})
-    left.set(xlabel="tokens", ylabel="milliseconds", xscale="log", yscale="log")
+    left.set(xlabel="tokens", ylabel=f"milliseconds{together}", xscale="log", yscale="log")
     left.set_xticks(lengths, [str(n) for n in lengths], minor=False)
     left.set_xticks([], minor=True)
     right.set(xlabel="times faster than SDPA", ylabel="output error", xscale="log", yscale="log")
     right.axvline(1, color="black", linewidth=0.8, linestyle="--")
     for axis in (left.yaxis, right.xaxis, right.yaxis):
         low, high = axis.get_view_interval()
-        axis.set(major_formatter="{x:g}", minor_formatter="{x:g}" if high < 10 * low else NullFormatter())
+        if high > 10 * low:
+            axis.set_minor_locator(LogLocator(subs=(2, 5)))
+        axis.set(major_formatter="{x:g}", minor_formatter="{x:g}" if high < 1000 * low else NullFormatter())
     for panel in (left, right):
         panel.spines[["top", "right"]].set_visible(False)
         panel.grid(linewidth=0.3)
