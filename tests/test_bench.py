@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +12,15 @@ import tiny_text
 import torch
 from PIL import Image
 from rich.console import Console
-from tiny import process, refused, t2t
+from tiny import refused, t2t
 from torch import Tensor
+from typer.testing import CliRunner, Result
 
-from sbpatch import bench, bench_report
+from sbpatch import bench, bench_report, cli
 from sbpatch.attention import Geometry, Scatterbrain
 from sbpatch.bench import bench as run_bench
 from sbpatch.bench_model import bench_model, joined
+from sbpatch.errors import SbpatchError
 from sbpatch.fidelity import output_error
 from sbpatch.sites import Call, Site, find_sites, swapped
 
@@ -247,41 +248,72 @@ def test_table_fits_80_columns_and_the_plot_draws(tmp_path: Path) -> None:
         assert high - low > 100  # something is drawn
 
 
-@pytest.mark.slow
-def test_command_lines(tmp_path: Path) -> None:
-    sbpatch = partial(process, cwd=tmp_path)
-    done = sbpatch(
-        "bench", "--lengths", "256,1024", "--json", "-", "--quiet", "--plot", "b.png", "--methods", "clusters"
-    )
-    assert done.returncode == 0, done.stderr
+# ---- the command
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder to work in, with tiny language models and a text for them."""
+    monkeypatch.chdir(tmp_path)
+    for name, model in (("llama", tiny_text.llama()), ("bert", tiny_text.bert())):
+        model.save_pretrained(name)
+        tiny_text.words().save_pretrained(name)
+    Path("text.txt").write_text(tiny_text.prose(), encoding="utf-8")
+    return tmp_path
+
+
+def command(*args: str) -> Result:
+    return CliRunner().invoke(cli.app, ["bench", *args])
+
+
+def test_command_on_random_calls(place: Path) -> None:
+    done = command("--lengths", "64,256", "--methods", "clusters", "--json", "-", "--quiet", "--plot", "b.png")
+    assert done.exit_code == 0, done.output
     assert {"device", "dtype", "rows", "versions"} == json.loads(done.stdout).keys()
-    assert Image.open(tmp_path / "b.png").format == "PNG"
-    done = sbpatch("bench", "t2t-vit-demo", "--methods", "clusters", "--site", "tokens*", "--json", "m.json")
-    assert done.returncode == 0, done.stderr
+    assert Image.open("b.png").format == "PNG"
+
+
+def test_command_on_an_image_model(place: Path) -> None:
+    args = ("--methods", "clusters,auto", "--site", "tokens*", "--json", "m.json", "--plot", "b.png")
+    done = command("t2t-vit-demo", *args)
+    assert done.exit_code == 0, done.output
     assert "1 x 3136" in done.stdout
-    result = json.loads((tmp_path / "m.json").read_text())
+    result = json.loads(Path("m.json").read_text())
     assert result.keys() == {"device", "dtype", "rows", "versions", "model"}
     assert result["model"] == "t2t-vit-demo"
-    assert [row["tokens"] for row in result["rows"] if row["method"] == "clusters"] == [3136, 784]
-    for name, model in (("llama", tiny_text.llama()), ("bert", tiny_text.bert())):
-        model.save_pretrained(tmp_path / name)
-        tiny_text.words().save_pretrained(tmp_path / name)
-        (tmp_path / "text.txt").write_text(tiny_text.prose(), encoding="utf-8")
-        args = ("bench", name, "--data", "text.txt", "--lengths", "64,150", "--methods", "window", "--budget", "0.2")
-        done = sbpatch(*args, "--quiet", "--json", "-")
-        assert done.returncode == 0, done.stderr
-        rows = json.loads(done.stdout)["rows"]
-        assert [(r["tokens"], r["sites"]) for r in rows if r["method"] == "window"] == [(64, 2), (150, 2)]
-    for wrong, said in (
+    assert [(row["tokens"], row["method"]) for row in result["rows"]] == [
+        (tokens, method) for tokens in (3136, 784) for method in ("sdpa", "eager", "clusters", "auto")
+    ]
+    assert Image.open("b.png").format == "PNG"
+
+
+@pytest.mark.parametrize("model", ["llama", "bert"])
+def test_command_on_text_models(place: Path, model: str) -> None:
+    args = ("--data", "text.txt", "--lengths", "64,150", "--methods", "window", "--budget", "0.2")
+    done = command(model, *args, "--quiet", "--json", "-")
+    assert done.exit_code == 0, done.output
+    rows = json.loads(done.stdout)["rows"]
+    assert [(r["tokens"], r["sites"]) for r in rows if r["method"] == "window"] == [(64, 2), (150, 2)]
+    assert {r["causal"] for r in rows} == {model == "llama"}
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
         (["--lengths", "12,x"], "not positive numbers"),
-        (["--site", "x"], "--site without a MODEL"),
+        (["--methods", "auto,lhs"], "unknown attention method 'lhs'"),
+        (["--budget", "3"], "not a share"),
+        (["--site", "x", "--data", "demo"], "--data, --site without a MODEL"),
         (["t2t-vit-demo", "--causal"], "--causal with a MODEL"),
         (["t2t-vit-demo", "--lengths", "1000"], "give --input-size, not --lengths"),
         (["t2t-vit-demo", "--site", "x"], "no attention site matches 'x' of --site"),
         (["llama", "--data", "text.txt", "--lengths", "64,900"], "positions for 512 tokens, not 900"),
         (["--plot", "nowhere/x.png"], "cannot write"),
-    ):
-        done = sbpatch("bench", *wrong)
-        assert done.returncode == 1
-        assert len(done.stderr.strip().splitlines()) == 1
-        assert said in done.stderr
+    ],
+)
+def test_command_refuses(place: Path, args: list[str], said: str) -> None:
+    done = command(*args)
+    assert isinstance(done.exception, SbpatchError)
+    assert said in str(done.exception)
+    assert "\n" not in str(done.exception)
+    assert done.stdout == ""
