@@ -2,27 +2,34 @@
 
 from __future__ import annotations
 
+import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
-from rich.console import RenderableType
 from torch import Tensor
 
 from .attention import PARTS, Geometry, Scatterbrain, parse_method
-from .errors import SbpatchError
+from .candidates import candidates_for
+from .errors import SbpatchError, one_line
 from .evaluate import eager_attention
-from .fidelity import output_error
+from .fidelity import output_error, row_entropy
 from .measure import elapsed_ms, peak_memory_bytes
+from .plan import SitePlan
 from .progress import Progress, no_progress
-from .report import readable_bytes, simple_table
-from .sites import Call
+from .sites import Call, Site
 
-METHODS = ("clusters", "lsh+clusters", "window+favor", "lsh+favor")
+METHODS = ("clusters", "lsh+clusters", "window+favor", "lsh+favor", "auto")
+CAUSAL_METHODS = ("window", "sinks+clusters", "window+favor", "lsh+favor", "auto")
+LENGTHS = (1024, 4096, 16384)
 REPEATS = 5
 EAGER_BYTES = 4 << 30  # eager attention is left out where its matrix alone would take more
+SHAPE = ("tokens", "heads", "head_dim", "batch", "causal")  # keys of a row that say what the call is
+
+Row = dict[str, Any]  # in the contract's keys
+Moments = tuple[Tensor, Tensor]  # see `fidelity.second_moments`, means over samples: (H, d, d) each
 
 
 def inputs(tokens: int, heads: int, head_dim: int, batch: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -35,29 +42,154 @@ def inputs(tokens: int, heads: int, head_dim: int, batch: int, seed: int) -> tup
     return q, 0.5 * k + clump.gather(2, member), v + clump.gather(2, member)
 
 
-def sized_layer(method: str, site: Geometry, budget: float, seed: int) -> Scatterbrain:
-    """`method` at a budget, joined methods split in half.
+def check_settings(methods: Iterable[str], budget: float) -> None:
+    """Refuse what would be wrong at every length.
 
     Raises:
-        SbpatchError: the method cannot work in that budget.
+        SbpatchError: an unknown method, or a budget that is no share.
+    """
+    if not 0 < budget < 1:
+        raise SbpatchError(f"budget {budget:g} is not a share between 0 and 1 (0.03 stores 3 % of the entries)")
+    for method in methods:
+        if method != "auto":
+            parse_method(method)
+
+
+# -- the layers ------------------------------------------------------------------------------------------------------
+
+
+def sized_layer(method: str, site: Geometry, budget: float, seed: int, moments: Moments | None = None) -> Scatterbrain:
+    """`method` at a budget, a share of `site.row_keys`; joined methods split in half, fitted parts fitted to `moments`.
+
+    Raises:
+        SbpatchError: the method cannot work in that budget, or not at such a site.
     """
     sparse, low_rank = parse_method(method)
     parts = [name for name in (sparse, low_rank) if name]
     parameters: dict[str, int] = {}
     for name in parts:
-        sized = PARTS[name].sized(budget * site.tokens / len(parts), site)
+        sized = PARTS[name].sized(budget * site.row_keys / len(parts), site)
         if sized is None:
             raise SbpatchError(
-                f"budget {budget:g} of {site.tokens} tokens is less than {method} can work with: raise --budget"
+                f"budget {budget:g} of {site.row_keys:g} keys is less than {method} can work with: raise --budget"
             )
         parameters |= sized
-    return Scatterbrain(method, site, seed, **parameters)
+    layer = Scatterbrain(method, site, seed, **parameters)
+    if moments is not None and hasattr(layer.low_rank, "fit"):
+        layer.low_rank.fit(*moments)
+    return layer
+
+
+def automatic(call: Call, site: Site, budget: float, seed: int, moments: Moments | None = None) -> Scatterbrain | None:
+    """Of the layers of this budget that calibration tries, the one of least output error that is not slower than SDPA.
+
+    None where exact attention is better than all of them. The only place here that asks for candidates.
+    """
+    device = call.query.device
+    described = SitePlan.of(site, "patch", "")
+    described.entropy_ratio = float(row_entropy(call).mean()) / math.log(max(described.tokens, 2))
+    try:
+        tried = candidates_for(
+            described, seed, budget, moments=moments, method="auto", allocation="measured", heads=described.heads,
+            device=device,
+        )  # fmt: skip
+    except SbpatchError:  # the budget is too small for all of them
+        return None
+    exact = call.exact()
+    layers = [c.layer for c in tried if isinstance(c.layer, Scatterbrain)]
+    errors = [float(output_error(call.through(layer), exact, call.key_mask).mean()) for layer in layers]
+
+    def quick(work: Callable[[], Tensor]) -> float:
+        return min(elapsed_ms(work, device)[1] for _ in range(3))
+
+    limit = quick(call.exact)
+    by_error = (layers[i] for i in sorted(range(len(layers)), key=errors.__getitem__))
+    return next((layer for layer in by_error if quick(partial(call.through, layer)) <= limit), None)
+
+
+# -- measuring -------------------------------------------------------------------------------------------------------
 
 
 @torch.inference_mode()
+def call_rows(
+    call: Call, site: Site, methods: Sequence[str], budget: float, seed: int, moments: Moments | None = None
+) -> list[Row]:
+    """One row each for `sdpa`, `eager` and every method, on one call in plain form.
+
+    Time: median of `REPEATS` calls, all taking turns; memory: peak of one call beside its inputs. A method that cannot
+    work here is a row with the reason as `skipped`. Where `auto` finds nothing better, its row is that of `sdpa`.
+
+    Args:
+        methods: names that `parse_method` takes, or `auto`; empty for the default ones.
+        budget: entries stored for a row, as a share of `Geometry.row_keys`.
+    """
+    place, geometry = call.query.device, site.geometry
+    methods = methods or (CAUSAL_METHODS if geometry.causal else METHODS)
+    work: dict[str, Callable[[], Tensor]] = {"sdpa": call.exact}
+    if call.query[..., 0].numel() * call.key.shape[-2] * call.query.element_size() <= EAGER_BYTES:
+        work["eager"] = partial(eager_attention, call)
+    said: dict[str, Row] = {"sdpa": {"budget": 1.0}, "eager": {"budget": 1.0}}
+    exact = call.exact()
+    for method in methods:
+        try:
+            if method == "auto":
+                layer = automatic(call, site, budget, seed, moments)
+            else:
+                layer = sized_layer(method, geometry, budget, seed, moments).to(place)
+            if layer is None:
+                said[method] = {"budget": 1.0, "chosen": "exact"}
+                continue
+            call.through(layer)
+        except (SbpatchError, torch.OutOfMemoryError) as error:
+            said[method] = {"budget": budget, "skipped": one_line(error)}
+            continue
+        said[method] = {"budget": layer.stored / geometry.row_keys}
+        said[method] |= {"chosen": layer.method} if method == "auto" else {}
+        work[method] = partial(call.through, layer)
+    figures = _figures(work, exact, call.key_mask)
+    shape = (geometry.tokens, geometry.heads, geometry.head_dim, len(call.query), geometry.causal)
+    rows = []
+    for method in dict.fromkeys(("sdpa", "eager", *methods)):
+        row = dict(zip(SHAPE, shape, strict=True)) | {"method": method} | said[method]
+        if method in figures:
+            rows.append(row | figures[method])
+        elif "chosen" in row:
+            rows.append(row | figures["sdpa"])
+        elif "skipped" in row:
+            rows.append(row)
+    return with_speedups(rows)
+
+
+def _figures(work: Mapping[str, Callable[[], Tensor]], exact: Tensor, real: Tensor | None) -> dict[str, Row]:
+    times: dict[str, list[float]] = {name: [] for name in work}
+    errors = {name: float(output_error(run(), exact, real).mean()) for name, run in work.items()}  # also the warm-up
+    names = list(work)
+    for turn in range(REPEATS):
+        for i in range(len(names)):
+            name = names[(turn + i) % len(names)]  # nobody always goes first
+            times[name].append(elapsed_ms(work[name], exact.device)[1])
+    return {
+        name: {
+            "ms": statistics.median(times[name]),
+            "peak_memory_bytes": peak_memory_bytes(run, exact.device),
+            "output_error": errors[name],
+        }
+        for name, run in work.items()
+    }
+
+
+def with_speedups(rows: Sequence[Row]) -> list[Row]:
+    """Rows of one shape, with how many times faster than SDPA and eager each is."""
+    ms = {row["method"]: row["ms"] for row in rows if "ms" in row}
+    against = [name for name in ("sdpa", "eager") if name in ms]
+    return [
+        row | ({f"speedup_vs_{name}": ms[name] / row["ms"] for name in against} if "ms" in row else {}) for row in rows
+    ]
+
+
 def bench(
     lengths: Sequence[int],
-    methods: Sequence[str],
+    methods: Sequence[str] = (),
     *,
     budget: float = 0.03,
     heads: int = 4,
@@ -68,58 +200,16 @@ def bench(
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
     progress: Progress[Any] = no_progress,
-) -> list[dict[str, Any]]:
-    """One row a length and method, `sdpa` and `eager` among them, in the contract's keys. Time: median of `REPEATS` calls,
-    the methods of one length taking turns; memory: peak of one call beside its inputs.
+) -> list[Row]:
+    """The rows of `call_rows` at each length, on structured random queries, keys and values.
 
     Raises:
-        SbpatchError: an unknown method, or a budget that it cannot work in.
+        SbpatchError: an unknown method, or a budget that is no share.
     """
-    place = torch.device(device)
+    check_settings(methods, budget)
     rows = []
     for tokens in progress(lengths, "benchmark"):
-        site = Geometry(tokens, heads, head_dim, causal)
-        q, k, v = (x.to(place, dtype) for x in inputs(tokens, heads, head_dim, batch, seed))
-        call = Call(q, k, v, is_causal=causal)
-        layers = {method: sized_layer(method, site, budget, seed).to(place) for method in methods}
-        work: dict[str, Callable[[], Tensor]] = {"sdpa": call.exact}
-        if batch * heads * tokens**2 * q.element_size() <= EAGER_BYTES:
-            work["eager"] = partial(eager_attention, call)
-        work |= {name: partial(layer, q, k, v) for name, layer in layers.items()}
-        exact = call.exact()
-        times: dict[str, list[float]] = {name: [] for name in work}
-        errors = {name: float(output_error(run(), exact).mean()) for name, run in work.items()}  # also the warm-up
-        for _ in range(REPEATS):
-            for name, run in work.items():
-                times[name].append(elapsed_ms(run, place)[1])
-        ms = {name: statistics.median(t) for name, t in times.items()}
-        for name, run in work.items():
-            row = {
-                "tokens": tokens,
-                "heads": heads,
-                "head_dim": head_dim,
-                "batch": batch,
-                "causal": causal,
-                "method": name,
-            }
-            row |= {"budget": layers[name].stored / tokens if name in layers else 1.0, "ms": ms[name]}
-            row |= {"peak_memory_bytes": peak_memory_bytes(run, place), "speedup_vs_sdpa": ms["sdpa"] / ms[name]}
-            if "eager" in ms:
-                row["speedup_vs_eager"] = ms["eager"] / ms[name]
-            rows.append(row | {"output_error": errors[name]})
+        site = Site("random", "", Geometry(tokens, heads, head_dim, causal))
+        q, k, v = (x.to(device, dtype) for x in inputs(tokens, heads, head_dim, batch, seed))
+        rows += call_rows(Call(q, k, v, is_causal=causal), site, methods, budget, seed)
     return rows
-
-
-def table(rows: Sequence[Mapping[str, Any]], title: str) -> RenderableType:
-    """One row a length and method."""
-    listed = simple_table(
-        title, method="left", tokens="right", budget="right", ms="right", vs_SDPA="right", vs_eager="right",
-        peak="right", error="right",
-    )  # fmt: skip
-    for row in rows:
-        eager = f"{row['speedup_vs_eager']:.2f}x" if "speedup_vs_eager" in row else ""
-        listed.add_row(
-            row["method"], str(row["tokens"]), f"{row['budget']:.4f}", f"{row['ms']:.2f}", f"{row['speedup_vs_sdpa']:.2f}x",
-            eager, readable_bytes(row["peak_memory_bytes"]), f"{row['output_error']:.4f}",
-        )  # fmt: skip
-    return listed

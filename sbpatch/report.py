@@ -105,7 +105,7 @@ def eval_table(result: Mapping[str, Any]) -> RenderableType:
     table = simple_table(f"{result['model']} on {result['dataset']}", **columns)
     for variant, v in result["variants"].items():
         table.add_row(
-            variant, *(_number(v.get(key), form) for key, (_, form, _) in quality.items()),
+            variant, *(_number(v.get(key), form) or "-" for key, (_, form, _) in quality.items()),
             f"{v['latency_ms']:.1f}", f"{base['latency_ms'] / v['latency_ms']:.2f}x",
             readable_bytes(v["peak_memory_bytes"]), f"{v['peak_memory_bytes'] / base['peak_memory_bytes']:.2f}x",
             readable_bytes(v["attention_memory_bytes"]), style="bold" if variant == "patched" else None,
@@ -113,6 +113,8 @@ def eval_table(result: Mapping[str, Any]) -> RenderableType:
     meanings = " · ".join(meaning for _, _, meaning in quality.values() if meaning)
     size = f" of {result['length']} tokens" if "length" in result else ""
     last = " and its last position's logits" if "perplexity" in quality else ""
+    if any(key not in v for v in result["variants"].values() for key in quality):
+        meanings += " · -: eager runs on the first batches alone, for its time and memory"
     setting = (
         f"{result['samples']} samples{size} in batches of {result['batch_size']}; {result['device']}, {result['dtype']}, "
         f"torch {result['versions']['torch']}. {meanings} · ms: median of a batch · "

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, get_args
+from typing import Annotated, Any, get_args
 
 import torch
 import typer
 
-from . import analyze, artifact, bench, compare, evaluate, texts, tokens
+from . import analyze, artifact, bench, bench_model, bench_report, compare, evaluate, texts, tokens
 from .attention import parse_method
+from .bench_model import at_length
 from .candidates import Allocation
 from .errors import SbpatchError
 from .flags import (
@@ -21,6 +23,7 @@ from .flags import (
     DeviceFlag,
     Dtype,
     DtypeFlag,
+    InputSize,
     JsonFile,
     Length,
     Model,
@@ -37,7 +40,7 @@ from .flags import (
     progress_bars,
     write_json,
 )  # fmt: skip
-from .inputs import moved
+from .inputs import Inputs, moved
 from .models import Checkpoint
 from .plan import versions
 from .preprocessing import TextPreprocessing
@@ -181,19 +184,33 @@ def _unpadded_set(loaded: Checkpoint, source: str | None, count: int, seed: int,
     found = tokens.sample_passages(stretches, preprocessing, count, seed)
     if not all(found[i][0]["attention_mask"].all() for i in range(count)):
         raise SbpatchError(
-            f"{text.name} has {len(words)} words, too few for {count} samples of {preprocessing.tokens} tokens: ask for fewer"
+            f"{text.name} has {len(words)} words, too few for {count} samples of {preprocessing.tokens} tokens: "
+            "ask for fewer or shorter ones"
         )
     return found
 
 
 def bench_command(
-    lengths: Annotated[str, typer.Option("--lengths", help="tokens, comma-separated")] = "1024,4096,16384",
-    methods: Annotated[str, typer.Option("--methods", help="comma-separated")] = ",".join(bench.METHODS),
-    budget: Annotated[float, typer.Option("--budget", help="entries stored / entries")] = 0.03,
-    heads: Annotated[int, typer.Option("--heads", min=1)] = 4,
-    head_dim: Annotated[int, typer.Option("--head-dim", min=1)] = 64,
-    batch: Annotated[int, typer.Option("--batch", min=1)] = 1,
-    causal: Annotated[bool, typer.Option("--causal")] = False,
+    model: Annotated[
+        str | None, typer.Argument(metavar="[MODEL]", help="whose attention calls to measure; default: random ones")
+    ] = None,
+    source: Source = None,
+    data_dir: DataDir = None,
+    checkpoint: CheckpointFile = None,
+    site: Annotated[str | None, typer.Option("--site", help="only the sites of MODEL that match")] = None,
+    input_size: InputSize = None,
+    lengths: Annotated[
+        str | None, typer.Option("--lengths", help="tokens, comma-separated; default: 1024,4096,16384 or MODEL's own")
+    ] = None,
+    methods: Annotated[
+        str | None, typer.Option("--methods", help="comma-separated, as compare takes them; default: a few, and auto")
+    ] = None,
+    budget: Annotated[float, typer.Option("--budget", help="entries stored / entries of exact attention")] = 0.03,
+    heads: Annotated[int | None, typer.Option("--heads", min=1, help="without MODEL; default: 4")] = None,
+    head_dim: Annotated[int | None, typer.Option("--head-dim", min=1, help="without MODEL; default: 64")] = None,
+    batch: Annotated[int | None, typer.Option("--batch", min=1, help="without MODEL; default: 1")] = None,
+    causal: Annotated[bool, typer.Option("--causal", help="without MODEL")] = False,
+    plot: Annotated[Path | None, typer.Option("--plot", help="write time against length as a PNG")] = None,
     device: DeviceFlag = Device.auto,
     dtype: DtypeFlag = Dtype.float32,
     seed: Seed = 0,
@@ -201,17 +218,64 @@ def bench_command(
     quiet: Quiet = False,
 ) -> None:
     """Time and memory of one attention call against eager and SDPA, by length (the paper's Figure 6)."""
-    if not all(text.strip().isdigit() and int(text) > 0 for text in lengths.split(",")):
-        raise SbpatchError(f"lengths '{lengths}' are not positive numbers such as 1024,4096")
-    where = device.resolve()
-    rows = bench.bench(
-        [int(text) for text in lengths.split(",")], [name.strip() for name in methods.split(",")],
-        budget=budget, heads=heads, head_dim=head_dim, batch=batch, causal=causal, device=where,
-        dtype=getattr(torch, dtype.value), seed=seed, progress=progress_bars(quiet),
-    )  # fmt: skip
+    json_place(plot)
+    wanted = None if lengths is None else _lengths(lengths)
+    names = [] if methods is None else [name.strip() for name in methods.split(",")]
+    bench.check_settings(names, budget)
+    where, kind = device.resolve(), getattr(torch, dtype.value)
+    options: dict[str, Any] = {"budget": budget, "seed": seed, "progress": progress_bars(quiet)}
     settings = {"device": evaluate.device_name(where), "dtype": dtype.value, "versions": versions()}
+    if model is None:
+        _refuse_without_model(source, data_dir, checkpoint, site, input_size)
+        options |= {"heads": heads or 4, "head_dim": head_dim or 64, "batch": batch or 1, "causal": causal}
+        subject = f"one call, {batch or 1} x {heads or 4} heads x {head_dim or 64}" + (", causal" if causal else "")
+        rows = bench.bench(wanted or bench.LENGTHS, names, device=where, dtype=kind, **options)
+    else:
+        _refuse_with_model(heads, head_dim, batch, causal)
+        loaded = open_model(model, checkpoint, input_size)
+        pairs = _bench_samples(loaded, wanted, source, seed, data_dir, where, kind)
+        settings["model"] = subject = loaded.name
+        rows = bench_model.bench_model(loaded.model.to(where, kind), pairs, names, pattern=site or "*", **options)
+    title = f"{subject}, {settings['device']}, {dtype.value}"
     if not quiet:
-        out.print(
-            bench.table(rows, f"one call, {batch} x {heads} heads x {head_dim}, {settings['device']}, {dtype.value}")
-        )
+        out.print(bench_report.table(rows, title))
+    if plot is not None:
+        with artifact.written_whole(plot) as fresh:
+            bench_report.plot(rows, fresh, title)
     write_json(json_file, json.dumps(settings | {"rows": rows}, indent=2) + "\n")
+
+
+def _lengths(text: str) -> list[int]:
+    if not all(part.strip().isdigit() and int(part) > 0 for part in text.split(",")):
+        raise SbpatchError(f"lengths '{text}' are not positive numbers such as 1024,4096")
+    return [int(part) for part in text.split(",")]
+
+
+def _refuse_without_model(*given: object) -> None:
+    flags = ("--data", "--data-dir", "--checkpoint", "--site", "--input-size")
+    if wrong := [flag for flag, value in zip(flags, given, strict=True) if value is not None]:
+        raise SbpatchError(f"{', '.join(wrong)} without a MODEL: name one, as in sbpatch bench t2t-vit-demo")
+
+
+def _refuse_with_model(*given: object) -> None:
+    flags = ("--heads", "--head-dim", "--batch", "--causal")
+    if wrong := [flag for flag, value in zip(flags, given, strict=True) if value]:
+        raise SbpatchError(f"{', '.join(wrong)} with a MODEL, whose calls have shapes of their own: leave it out")
+
+
+def _bench_samples(
+    loaded: Checkpoint,
+    lengths: Sequence[int] | None,
+    source: str | None,
+    seed: int,
+    data_dir: Path | None,
+    device: str,
+    dtype: torch.dtype,
+) -> list[tuple[Inputs, Inputs]]:
+    """Two samples a length, one to measure on and one to fit on; texts without padding."""
+    subjects = [loaded] if lengths is None else [at_length(loaded, tokens) for tokens in lengths]
+    found = []
+    for subject in subjects:
+        one, other = batches(_unpadded_set(subject, source, 2, seed, data_dir), 1)
+        found.append((moved(one[0], device, dtype), moved(other[0], device, dtype)))
+    return found

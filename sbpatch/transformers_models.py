@@ -298,13 +298,23 @@ def _text(model: PreTrainedModel, folder: Path, tokens: int | None, read: Mappin
     files = tokenizer.vocab_files_names.values()
     if not read and not any((folder / file).is_file() for file in files):  # transformers makes an empty one then
         raise SbpatchError(f"no tokenizer beside the weights, expected {' or '.join(files)}")
+    if tokens is not None:
+        check_length(model, tokens)
+    return TextPreprocessing(tokenizer, tokens or min(_positions(model) or tokenizer.model_max_length, TOKENS))
+
+
+def check_length(model: nn.Module, tokens: int) -> None:
+    """Refuse texts longer than the model has positions for.
+
+    Raises:
+        SbpatchError: they are.
+    """
     limit = _positions(model)
-    if tokens is not None and limit is not None and tokens > limit:
-        raise SbpatchError(f"{type(model).__name__} has positions for {limit} tokens, not {tokens}: lower --length")
-    return TextPreprocessing(tokenizer, tokens or min(limit or tokenizer.model_max_length, TOKENS))
+    if limit is not None and tokens > limit:
+        raise SbpatchError(f"{type(model).__name__} has positions for {limit} tokens, not {tokens}: ask for fewer")
 
 
-def _positions(model: PreTrainedModel) -> int | None:
+def _positions(model: nn.Module) -> int | None:
     """The most tokens a text may have; None where the model sets no limit."""
     for name, table in model.named_modules():
         if name.endswith("position_embeddings") and isinstance(table, nn.Embedding) and table.padding_idx is not None:

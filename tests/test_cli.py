@@ -235,13 +235,12 @@ def test_perplexity(texts):
     for inputs, labels in windows(open_text("text.txt"), checkpoint.preprocessing, stride=40, limit=5):
         logits = checkpoint.model(input_ids=inputs["input_ids"][None]).logits[0].double()
         nll += (-logits.log_softmax(-1)[labels >= 0, labels[labels >= 0]]).tolist()
-    for figures in result["variants"].values():
-        assert figures["perplexity"] == pytest.approx(math.exp(sum(nll) / len(nll)), rel=1e-4)
-        assert figures["agreement"] == 100
-        assert figures.keys() == {
-            *("perplexity", "agreement", "latency_ms", "samples_per_second"),
-            *("peak_memory_bytes", "attention_memory_bytes"),
-        }
+    measured = {"latency_ms", "samples_per_second", "peak_memory_bytes", "attention_memory_bytes"}
+    assert result["variants"]["eager"].keys() == measured  # of five batches it ran three
+    exact = result["variants"]["sdpa"]
+    assert exact.keys() == measured | {"perplexity", "agreement"}
+    assert exact["perplexity"] == pytest.approx(math.exp(sum(nll) / len(nll)), rel=1e-4)
+    assert exact["agreement"] == 100
 
 
 @pytest.mark.slow
@@ -253,7 +252,7 @@ def test_text_models_from_calibration_to_evaluation(texts, capsys, model, figure
     assert plan["input_size"] == [300]
     assert plan["data"]["source"] == "text.txt, first 1/4"
     assert {s["decision"] for s in plan["sites"]} == {"patch"}
-    assert command("eval", "--dataset", "text.txt", "--limit", "4", "--json", "eval.json") == 0
+    assert command("eval", "--dataset", "text.txt", "--limit", "3", "--json", "eval.json") == 0
     assert figure in capsys.readouterr().out
     result = json.loads(Path("eval.json").read_text())
     assert (result["model"], result["length"]) == (model, 300)

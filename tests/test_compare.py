@@ -1,4 +1,4 @@
-"""`compare` and `bench`: the rows are what the contract says and what a direct computation gives."""
+"""`compare`: the rows are what the contract says and what a direct computation gives."""
 
 from __future__ import annotations
 
@@ -15,9 +15,7 @@ from rich.console import Console
 from tiny import process, t2t
 from torch import Tensor, nn
 
-from sbpatch import bench, compare
-from sbpatch.attention import Geometry
-from sbpatch.bench import bench as run_bench
+from sbpatch import compare
 from sbpatch.calibrate import calibrate
 from sbpatch.candidates import Allocation
 from sbpatch.errors import SbpatchError
@@ -132,19 +130,6 @@ def test_allocations_of_one_method(model: nn.Module, answer: Answer, quality: se
     assert "auto (entropy)" in console.export_text()
 
 
-def test_bench_rows() -> None:
-    rows = run_bench([300], ["clusters", "window+favor"], budget=0.2, heads=2, head_dim=16)
-    assert [r["method"] for r in rows] == ["sdpa", "eager", "clusters", "window+favor"]
-    sdpa, eager, clusters, _ = rows
-    assert sdpa["speedup_vs_sdpa"] == eager["speedup_vs_eager"] == 1
-    assert eager["output_error"] < 1e-5 < clusters["output_error"] < 1
-    assert eager["peak_memory_bytes"] > 2 * 300 * 300 * 4 > sdpa["peak_memory_bytes"]
-    assert clusters["budget"] == pytest.approx(0.2, abs=1 / 300)
-    assert clusters["speedup_vs_sdpa"] == pytest.approx(sdpa["ms"] / clusters["ms"])
-    with pytest.raises(SbpatchError, match="raise --budget"):
-        bench.sized_layer("lsh", Geometry(64, 1, 8), 0.01, 0)
-
-
 @pytest.mark.slow
 def test_command_lines(tmp_path) -> None:
     sbpatch = partial(process, cwd=tmp_path)
@@ -156,11 +141,7 @@ def test_command_lines(tmp_path) -> None:
     rows = {row["method"]: row for row in json.loads((tmp_path / "c.json").read_text())["rows"]}
     assert rows["clusters"]["output_error"] < 0.5 * rows["favor"]["output_error"]
     assert Image.open(tmp_path / "c.png").format == "PNG"
-    done = sbpatch("bench", "--lengths", "1024", "--json", "-", "--quiet")
-    assert done.returncode == 0, done.stderr
-    assert {"device", "dtype", "rows", "versions"} == json.loads(done.stdout).keys()
     for wrong in (
-        ["bench", "--lengths", "12,x"],
         ["compare", "t2t-vit-demo", "--dataset", "demo", "--budgets", "much"],
         ["compare", "t2t-vit-demo", "--dataset", "demo", "--allocations", "joint,fair"],
     ):

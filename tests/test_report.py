@@ -113,6 +113,17 @@ def test_eval_table_keeps_every_figure(width):
     assert "…" not in text
 
 
+def test_eval_table_has_a_dash_where_eager_has_no_quality():
+    variants = {name: dict(figures) for name, figures in RESULT["variants"].items()}
+    assert "eager runs on" not in rendered(report.eval_table(RESULT), 100)
+    for key in ("top1", "top5", "agreement"):
+        del variants["eager"][key]
+    text = rendered(report.eval_table(RESULT | {"variants": variants}), 100)
+    row = next(line for line in text.splitlines() if line.split()[:1] == ["eager"])
+    assert row.split()[:5] == ["eager", "-", "-", "-", "123.4"]
+    assert "eager runs on the first batches alone" in " ".join(text.split())
+
+
 def test_eval_table_without_labels_or_patch():
     variants = {k: {x: y for x, y in v.items() if x not in ("top1", "top5")} for k, v in RESULT["variants"].items()}
     del variants["patched"]
