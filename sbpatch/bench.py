@@ -22,7 +22,7 @@ from .progress import Progress, no_progress
 from .sites import Call, Site
 
 METHODS = ("clusters", "lsh+clusters", "window+favor", "lsh+favor", "auto")
-CAUSAL_METHODS = ("window", "sinks+clusters", "window+favor", "lsh+favor", "auto")
+CAUSAL_METHODS = ("blocks", "window", "sinks", "window+favor", "lsh+favor", "auto")
 LENGTHS = (1024, 4096, 16384)
 REPEATS = 5
 EAGER_BYTES = 4 << 30  # eager attention is left out where its matrix alone would take more
@@ -75,8 +75,8 @@ def sized_layer(method: str, site: Geometry, budget: float, seed: int, moments: 
             )
         parameters |= sized
     layer = Scatterbrain(method, site, seed, **parameters)
-    if moments is not None and hasattr(layer.low_rank, "fit"):
-        layer.low_rank.fit(*moments)
+    if moments is not None:
+        layer.fit(*moments)
     return layer
 
 
@@ -89,9 +89,9 @@ def automatic(call: Call, site: Site, budget: float, seed: int, moments: Moments
     described = SitePlan.of(site, "patch", "")
     described.entropy_ratio = float(row_entropy(call).mean()) / math.log(max(described.tokens, 2))
     try:
-        tried = candidates_for(
+        tried, _ = candidates_for(
             described, seed, budget, moments=moments, method="auto", allocation="measured", heads=described.heads,
-            device=device,
+            device=device, costs=None,
         )  # fmt: skip
     except SbpatchError:  # the budget is too small for all of them
         return None
