@@ -56,15 +56,16 @@ class Features(NamedTuple):
 
 
 class Landmarks(NamedTuple):
-    """Weighted points already contracted with the values: row i of L v is sum_l exp(y_i.l - |l|^2 / 2) nystrom_l.
+    """Weighted points already contracted with the values: row i of L v is sum_l exp(y_i.l) weight_l, y = q to_query.
 
     Weights may be negative, and a row whose sum strays from what clusters around the same landmarks give is theirs.
     """
 
-    query: Tensor  # (B, H, n, r) y, float32
+    to_query: Tensor  # (B, H, d, r), the softmax scale included
     landmark: Tensor  # (B, H, m, r)
-    half: Tensor  # (B, H, m, 1) |l|^2 / 2
-    both: Tensor  # (B, H, m, 2 (e + 1)) Nystrom sums and cluster sums of the values, each with its sum of weights at the end
+    both: (
+        Tensor  # (B, H, 2 m, e + 1) weights by Nystrom, and then as clusters: for each value, and the weight's own sum
+    )
 
 
 class Factors(NamedTuple):
@@ -138,7 +139,7 @@ def attend(
 
     tiles, low = selection
     if isinstance(low, Landmarks):
-        return fused.over_landmarks(low, v.dtype)
+        return fused.over_landmarks(q, low, v.dtype)
     if isinstance(low, Points) and not tiles and low.ready is None:
         return fused.over_points(q, low, scale)
     points = low if isinstance(low, Points) else None

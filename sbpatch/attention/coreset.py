@@ -30,23 +30,26 @@ from .registry import Geometry, LowRank, register
 JITTER = 1e-5  # on a diagonal of ones: landmarks that coincide share their weight
 FAR = 4  # one landmark in FAR is a key that the centres do not reach; they keep single keys from spoiling all rows
 REACH = 1.0  # where keys lie farther than 1 / sqrt(REACH) from their centre, in root mean square, the kernel is widened
-LARGEST = 600.0  # squared length of a key: exp(LARGEST / 2) is safe in float64
+LARGEST = 400.0  # squared length of a key: exp(LARGEST / 2) is safe in float64, and exp(LARGEST / 8) in float32
+MOST = 1e30  # of a landmark's weight, finite in float32
 NEGLIGIBLE = 0.01  # nats, in root mean square, that a logit may lose to directions that are left out
-TINY = torch.finfo(torch.float32).min
 
 
 class Found(NamedTuple):
-    """What the landmarks make of queries and keys; `own` and everything (…, n) is by key or query."""
+    """What the landmarks make of keys; `own` and everything (…, n) is by key."""
 
-    y: Tensor  # (B, H, n, directions) queries
+    x: Tensor  # (B, H, n, directions) keys about their mean, zero at padding
     landmark: Tensor  # (B, H, m, directions)
-    log_spread: Tensor  # (B, H, m, n) logarithm of g(l, x) exp(|x|^2 / 2) = exp(l.x - |l|^2 / 2); -inf at padding
     half: Tensor  # (B, H, m, 1) |l|^2 / 2
     gram: Tensor  # (B, H, m, m) G_ll + jitter; float64
     own: Tensor  # (B, H, n) the landmark that is the mean of this key and others
-    real: Tensor  # (B, 1, n) 1 for keys, 0 for padding
-    mean: Tensor  # (B, H, 1, d) of the keys
-    top: Tensor  # (B, H, 1, 1) largest of log_spread, in whose scale sums are kept
+    cluster: Tensor  # (B, H, m, e + 1) sums over own keys of their values and of 1
+    longest: Tensor  # (B, H, 1, 1) length of the longest key
+    to_query: Tensor  # (B, H, d, directions) y = q to_query
+
+    def queries(self, q: Tensor) -> Tensor:
+        """y, (B, H, rows, directions); few columns of many rows are faster as few rows."""
+        return (self.to_query.mT @ q.float().mT).mT
 
 
 @register("coreset")
@@ -70,7 +73,7 @@ class Coreset(LowRank):
         if not 0 <= directions <= site.head_dim:
             raise SbpatchError(f"coreset keeps 0 (all) to {site.head_dim} directions, not {directions}")
         if site.causal:
-            raise SbpatchError("coreset weighs all keys, the future included, and cannot be causal; use clusters")
+            raise SbpatchError("coreset weighs all keys, the future included, and cannot be causal; use blocks")
         self.rank, self.steps, self.directions, self.stored = rank, steps, directions, rank + 1.0
         eye = torch.eye(site.head_dim)[:, : directions or site.head_dim].repeat(site.heads, 1, 1)
         self.register_buffer("to_query", eye, persistent=False)
@@ -89,86 +92,135 @@ class Coreset(LowRank):
         self.to_query, self.to_key = balanced(query, key, self.directions)
         return {"directions": self.to_key.shape[-1]}
 
-    def _landmarks(self, q: Tensor, k: Tensor, key_mask: Tensor | None, scale: float = 1.0) -> Found:
-        q, k = q.float(), k.float()
-        n = k.shape[-2]
-        real = torch.ones_like(k[:, :1, :, :1]) if key_mask is None else key_mask[:, None, :, None].float()
-        total = real.sum(-2, keepdim=True).clamp(min=1)
-        mean = (k * real).sum(-2, keepdim=True) / total
-        to_key = self.to_key * scale**0.5
-        y, x = q @ (self.to_query * scale**0.5), (k @ to_key - mean @ to_key) * real
-        far = min(self.rank // FAR, n)
-        centre = kmeans.lloyd(x.detach(), key_mask, self.rank - far, self.steps)
-        _, distance = kmeans.nearest(x.detach(), centre)  # squared
-        radius = (distance[..., None].clamp(min=0) * real).sum(-2, keepdim=True) / total
-        length = x.detach().square().sum(-1, keepdim=True).amax(-2, keepdim=True)
-        width = torch.maximum(REACH * radius, length / LARGEST).clamp(min=1).sqrt()
-        x, y, landmark = x / width, y * width, centre / width
-        hidden = real.mT == 0
+    def _landmarks(self, k: Tensor, v: Tensor, key_mask: Tensor | None, scale: float = 1.0) -> Found:
+        x = self._centred(k, key_mask, scale)
+        seen, real = x.detach(), None if key_mask is None else key_mask[:, None]  # (B, 1, n)
+        far = min(self.rank // FAR, x.shape[-2])
+        centre = kmeans.lloyd(seen, key_mask, self.rank - far, self.steps)
+        own, score = kmeans.nearest(seen, centre)
+        square = seen.square().sum(-1)  # (B, H, n)
+        distance = torch.sub(square, score, alpha=2).clamp_(min=0)  # squared
+        if real is None:
+            radius = distance.mean(-1, keepdim=True)
+        else:
+            distance = distance * real
+            radius = distance.sum(-1, keepdim=True) / real.sum(-1, keepdim=True).clamp(min=1)
+        length = square.amax(-1, keepdim=True)
+        wide = torch.maximum(REACH * radius, length / LARGEST).clamp(min=1)  # (B, H, 1)
+        width = wide.sqrt()[..., None]
+        x, landmark = x / width, centre / width
         if far:  # by what is left of exp(x.x) beside the nearest centre, 1 - g(l, x)^2, as a pivoted Cholesky would
-            left = -torch.expm1(-(distance / width.square()[..., 0]).clamp(min=1e-9))
-            left = (x.square().sum(-1) + left.log()).masked_fill(hidden[..., 0, :], -torch.inf)
+            left = square / wide + torch.expm1(-(distance / wide).clamp_(min=1e-9)).neg_().log_()
+            if real is not None:
+                left = left.masked_fill(~real, -torch.inf)
             index = left.topk(far, dim=-1).indices[..., None].expand(-1, -1, -1, x.shape[-1])
             landmark = torch.cat((landmark, x.gather(2, index)), dim=2)
-        own, _ = kmeans.nearest(x.detach(), landmark.detach())
-        real = real.squeeze(-1)
-        landmark = kmeans.means(x, own, landmark, kmeans.counts(own, self.rank, real), real)
+            other, better = kmeans.nearest(x.detach(), landmark[:, :, -far:].detach())
+            own = torch.where(better * wide > score, other + (self.rank - far), own)
+        total = self._totals(x, v, own, key_mask)
+        landmark = kmeans.means(total[..., : x.shape[-1]], total[..., -1:], landmark)
         half = landmark.square().sum(-1, keepdim=True) / 2
-        log_spread = landmark @ x.mT - half
-        if key_mask is not None:
-            log_spread = log_spread.masked_fill(hidden, -torch.inf)
-        top = log_spread.amax((-2, -1), keepdim=True)
-        top = top.masked_fill(top == -torch.inf, 0)  # all of it padding
-        return Found(y, landmark, log_spread, half, _gram(landmark), own, real, mean, top)
+        cluster, longest = total[..., x.shape[-1] :], (length / wide).sqrt()[..., None]
+        return Found(x, landmark, half, _gram(landmark), own, cluster, longest, self.to_query * (width * scale**0.5))
+
+    def _totals(self, x: Tensor, v: Tensor, own: Tensor, key_mask: Tensor | None) -> Tensor:
+        """Sums of x, of v and of 1 over each landmark's own keys: (B, H, m, directions + e + 1)."""
+        one = _ones(x) if key_mask is None else key_mask[:, None, :, None].expand(*x.shape[:3], 1)
+        total = x.new_zeros(x.shape[0] * x.shape[1], self.rank, x.shape[-1] + 1 + v.shape[-1])
+        for at in kmeans.runs(x.shape[-2], x.shape[1] * total.shape[-1]):
+            rows = torch.cat((x[:, :, at], v[:, :, at], one[:, :, at]), dim=-1)
+            if key_mask is not None:
+                rows = rows * one[:, :, at]
+            total = kmeans.added(total, rows.float().flatten(0, 1), own[:, :, at].flatten(0, 1))
+        return total.unflatten(0, x.shape[:2])
+
+    def _centred(self, k: Tensor, key_mask: Tensor | None, scale: float) -> Tensor:
+        """x, (B, H, n, directions), about its mean and zero at padding."""
+        to_key = (self.to_key.mT * scale**0.5).expand(k.shape[0], -1, -1, -1).flatten(0, 1)  # (B * H, directions, d)
+        parts = kmeans.runs(k.shape[-2], k.shape[1] * k.shape[-1])
+        x = torch.cat([torch.bmm(to_key, k[:, :, rows].flatten(0, 1).float().mT) for rows in parts], -1)
+        x = x.unflatten(0, k.shape[:2])  # (B, H, directions, n)
+        if key_mask is None:
+            return (x - x.mean(-1, keepdim=True)).mT
+        real = key_mask[:, None, None, :]
+        mean = (x * real).sum(-1, keepdim=True) / real.sum(-1, keepdim=True).clamp(min=1)
+        return ((x - mean) * real).mT
 
     def select(
         self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, scale: float, joined: bool
     ) -> Landmarks | Factors:
-        found = self._landmarks(q, k, key_mask, scale)
-        return self._factors(found, q, scale) if joined else self._contracted(found, v)
+        """Multiply-adds of a head with p directions, `fused.over_landmarks` included: 2 n d p for the coordinates,
+        n m (13 p / 4 + 2 e) for keys and queries (3 e where a row strays), 3/4 m of `kmeans.SAMPLE` m p in each Lloyd step, and
+        m^3 / 3 + m^2 e to solve. Bytes beside the output: 4 n (p + 2), and about 8 `kmeans.ENTRIES`.
+        """
+        at = self._landmarks(k, v, key_mask, scale)
+        if joined:
+            return self._factors(at, q, k, key_mask, scale)
+        return Landmarks(at.to_query, at.landmark, self._weights(at, v, key_mask))
 
-    def _contracted(self, found: Found, v: Tensor) -> Landmarks:
-        """Without a sparse part: the long sums in float32, only what is solved in float64."""
-        y, landmark, log_spread, half, gram, own, real, _, top = found
-        values = v.float()
-        shift = log_spread.amax(-1, keepdim=True).clamp(min=TINY)
-        spread = (log_spread - shift).exp()
-        summed = torch.cat((spread @ values, spread.sum(-1, keepdim=True)), dim=-1)  # (B, H, m, e + 1)
-        del spread
-        nystrom = _solve(gram, summed.double() * (shift - top).double().exp())
-        members = kmeans.sums(values, own, self.rank, real), kmeans.counts(own, self.rank, real)
-        cluster = torch.cat(members, dim=-1).double() * (half - top).double().exp()
-        both = torch.stack((nystrom, cluster))
-        both = (both / both.abs().amax((0, -2, -1), keepdim=True).clamp(min=1e-300)).float()
-        return Landmarks(y, landmark, half, torch.cat((both[0], both[1]), dim=-1))
+    def _weights(self, at: Found, v: Tensor, key_mask: Tensor | None) -> Tensor:
+        """What each landmark weighs, by Nystrom and then as clusters, with its own sum at the end: (B, H, 2 m, e + 1)."""
+        batch, heads, n, e = v.shape
+        # l.x - |l|^2 / 2 is at most |l| longest - |l|^2 / 2, and |l|^2 / 2 at least for some key. Midway between them,
+        # the largest is exp(+-LARGEST / 8), and float32 holds the sums
+        shift = (2 * at.half.detach()).sqrt() * at.longest / 2  # cancels, so it needs no gradient
+        bias, landmark, x = -(at.half + shift).flatten(0, 1), at.landmark.flatten(0, 1), at.x.flatten(0, 1)
+        parts = []
+        smooth = x.new_zeros(batch * heads, self.rank, e)
+        for rows in kmeans.runs(n, heads * self.rank):
+            spread = torch.baddbmm(bias, landmark, x[:, rows].mT).exp_()  # (B * H, m, rows)
+            if key_mask is not None:
+                spread = spread * key_mask[:, rows].repeat_interleave(heads, 0)[:, None]
+            parts.append(spread.sum(-1, keepdim=True))
+            smooth = torch.baddbmm(smooth, spread, v[:, :, rows].flatten(0, 1).float())
+        smooth = torch.cat((smooth, torch.stack(parts).sum(0)), dim=-1)
+        smooth = smooth.double().unflatten(0, (batch, heads)) * shift.double().exp()
+        smooth = _solve(at.gram, smooth) * (-at.half).double().exp()
+        return torch.cat((smooth.clamp(-MOST, MOST).float(), at.cluster), dim=2)
 
-    def _factors(self, found: Found, q: Tensor, scale: float) -> Factors:
+    def _factors(self, at: Found, q: Tensor, k: Tensor, key_mask: Tensor | None, scale: float) -> Factors:
         """Beside a sparse part: the weights alternate in sign and are subtracted from, so in float64. Rows that stray from the
         clusters read, in place of their weights, which cluster each key is of.
         """
-        y, landmark, log_spread, half, gram, own, real, mean, top = found
-        log_phi = _log_phi(y, landmark, half)
+        log_spread, real, mean = _by_key(at, k, key_mask)
+        top = log_spread.amax((-2, -1), keepdim=True)
+        top = top.masked_fill(top == -torch.inf, 0)  # all of it padding
+        log_phi = at.queries(q) @ at.landmark.mT - at.half.mT
         shift = log_phi.amax(-1, keepdim=True)
         phi = (log_phi - shift).double().exp()  # (B, H, n, m)
         spread = (log_spread - top).double().exp().mT  # (B, H, n, m)
-        height = (half - top).double().exp()  # (B, H, m, 1) exp(y.l) = phi height
-        member = F.one_hot(own, self.rank).double() * real.double()[..., None]  # (B, H, n, m)
-        weight, level = _solve(gram, phi.mT).mT, phi * height.mT  # (B, H, n, m)
-        wrong = strays((weight @ spread.sum(-2)[..., None]), (level @ member.sum(-2)[..., None]))  # (B, H, n, 1)
+        height = (at.half - top).double().exp()  # (B, H, m, 1) exp(y.l) = phi height
+        member = F.one_hot(at.own, self.rank).double() * real[..., None]  # (B, H, n, m)
+        weight, level = _solve(at.gram, phi.mT).mT, phi * height.mT  # (B, H, n, m)
+        wrong = strays(weight @ spread.sum(-2)[..., None], level @ member.sum(-2)[..., None])  # (B, H, n, 1)
         left = torch.cat((weight.masked_fill(wrong, 0), level.masked_fill(~wrong, 0)), dim=-1)
         return Factors(shift + top + scale * (q.float() @ mean.mT), left, torch.cat((spread, member), dim=-1))
 
     def dense(self, q: Tensor, k: Tensor, key_mask: Tensor | None) -> Tensor:
-        y, landmark, log_spread, half, gram, own, real, mean, _ = self._landmarks(q, k, key_mask)
-        phi = (_log_phi(y, landmark, half) + q.float() @ mean.mT).double().exp()
-        nystrom = phi @ torch.linalg.inv(gram) @ log_spread.double().exp()
-        cluster = (phi * half.mT.double().exp()).gather(-1, own[..., None, :].expand_as(nystrom)) * real[..., None, :]
+        at = self._landmarks(k, k, key_mask)
+        log_spread, real, mean = _by_key(at, k, key_mask)
+        height = (at.queries(q) @ at.landmark.mT + q.float() @ mean.mT).double().exp()  # (B, H, n, m)
+        nystrom = height * (-at.half.mT).double().exp() @ torch.linalg.inv(at.gram) @ log_spread.double().exp()
+        cluster = height.gather(-1, at.own[..., None, :].expand_as(nystrom)) * real[..., None, :]
         return torch.where(strays(nystrom.sum(-1, keepdim=True), cluster.sum(-1, keepdim=True)), cluster, nystrom)
 
 
-def _log_phi(y: Tensor, landmark: Tensor, half: Tensor) -> Tensor:
-    """y.l - |l|^2 / 2, (B, H, rows, m)."""
-    return y @ landmark.mT - half.mT
+def _ones(x: Tensor) -> Tensor:
+    return torch.ones_like(x[..., :1], memory_format=torch.contiguous_format)
+
+
+def _by_key(at: Found, k: Tensor, key_mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """By key: log_spread, 1 for keys and 0 for padding, and the keys' mean.
+
+    Returns:
+        log g(l, x) exp(|x|^2 / 2) = l.x - |l|^2 / 2, (B, H, m, n), -inf at padding; (B, 1, n) float64; (B, H, 1, d).
+    """
+    log_spread = at.landmark @ at.x.mT - at.half
+    real = torch.ones_like(k[:, :1, :, 0], dtype=torch.float64) if key_mask is None else key_mask[:, None].double()
+    if key_mask is not None:
+        log_spread = log_spread.masked_fill(~key_mask[:, None, None], -torch.inf)
+    share = (real / real.sum(-1, keepdim=True).clamp(min=1)).float()
+    return log_spread, real, share[..., None, :] @ k.float()
 
 
 def _gram(landmark: Tensor) -> Tensor:

@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .core import Landmarks, Points, Tiles, take
+from .kmeans import runs
 
 ROWS = 1 << 13  # keys and points that the tiles of one call read together
 UNEVEN = 1.25  # lists of one call are padded to the longest, which is at most so many times the shortest
-RUN = 1024  # rows of queries that landmarks are spread over at once
 LOW, HIGH = 0.97, 4.0  # Nystrom row sum over cluster row sum, outside of which the clusters are believed
 
 
@@ -34,21 +34,38 @@ def over_points(q: Tensor, points: Points, scale: float) -> Tensor:
     return out.reshape(*q.shape[:-1], out.shape[-1])
 
 
-def over_landmarks(low: Landmarks, dtype: torch.dtype) -> Tensor:
-    """Each row of landmark weights times the sums of the values, (B, H, n, e); rows that stray are the clusters'."""
-    out = []
-    for rows in low.query.split(RUN, 2):
-        log_phi = rows @ low.landmark.mT - low.half.mT  # (B, H, rows, m)
-        smooth, constant = ((log_phi - log_phi.amax(-1, keepdim=True)).exp() @ low.both).chunk(2, -1)
-        sums = torch.where(strays(smooth[..., -1:], constant[..., -1:]), constant, smooth)  # (B, H, rows, e + 1)
-        total = sums[..., -1:]
-        out.append((sums[..., :-1] / total.masked_fill(total == 0, 1)).to(dtype))
-    return torch.cat(out, 2)
+def over_landmarks(q: Tensor, low: Landmarks, dtype: torch.dtype) -> Tensor:
+    """Each row's weights exp(y.l) times what the landmarks weigh: q (B, H, n, d) -> (B, H, n, e), in runs of rows."""
+    (batch, heads, n, _), width = q.shape, low.both.shape[-1] - 1
+    to_query, landmark, both = (x.flatten(0, 1) for x in low)  # (B H, ...)
+    value, total = both[..., :-1].contiguous(), both[..., -1].unflatten(-1, (2, -1))
+    out = q.new_empty(batch, heads, n, width, dtype=dtype)
+    for rows in runs(n, heads * (3 * landmark.shape[1] + width)):
+        y = torch.bmm(to_query.mT, q[:, :, rows].flatten(0, 1).float().mT)  # few rows are faster than as few columns
+        out[:, :, rows] = _read(y, landmark.mT, value, total).unflatten(0, (batch, heads))
+    return out
+
+
+def _read(y: Tensor, landmark: Tensor, value: Tensor, total: Tensor) -> Tensor:
+    """y (G, r, rows), landmark (G, r, m), value (G, 2 m, e), total (G, 2, m), see `core.Landmarks` -> (G, rows, e).
+
+    Row sums first: a row's m weights then go to that half of `value` which is believed. Where no row strays, which a CPU
+    can say at once, the other half is left out.
+    """
+    m = landmark.shape[-1]
+    weight = torch.bmm(y.mT, landmark).softmax(-1)  # (G, rows, m)
+    nystrom, cluster = torch.bmm(total, weight.mT).unbind(1)  # (G, rows)
+    wrong = strays(nystrom, cluster)
+    if y.is_cpu and not torch.compiler.is_compiling() and not wrong.any():
+        return torch.bmm(weight / nystrom[..., None], value[:, :m])
+    sums = torch.where(wrong, cluster, nystrom)
+    weight, wrong = weight / sums.masked_fill(sums == 0, 1)[..., None], wrong[..., None]
+    return torch.bmm(torch.cat((weight.masked_fill(wrong, 0), weight.masked_fill(~wrong, 0)), dim=-1), value)
 
 
 def strays(nystrom: Tensor, cluster: Tensor) -> Tensor:
     """Rows whose Nystrom sum is not to be believed, by the sum of clusters around the same landmarks."""
-    return (nystrom < LOW * cluster) | (nystrom > HIGH * cluster)
+    return (nystrom <= LOW * cluster) | (nystrom > HIGH * cluster)
 
 
 def over_tiles(

@@ -7,23 +7,30 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-CHUNK = 1024  # keys scored at once
+ENTRIES = 1 << 17  # numbers of one sample's rows that are worked on at once
+CHUNK = 1024  # rows added at once
 SAMPLE = 16  # keys a centre that the Lloyd steps look at; the final assignment looks at all
 
 
+def runs(n: int, width: int) -> list[slice]:
+    """n rows in equal runs, small enough for a cache where each row takes so many numbers in one sample."""
+    count = -(-n * width // ENTRIES)
+    step = max(-(-n // count), min(n, 64))
+    return [slice(start, start + step) for start in range(0, n, step)]
+
+
 def nearest(k: Tensor, centre: Tensor) -> tuple[Tensor, Tensor]:
-    """Nearest centre of each key and the squared distance to it: k (B, H, n, d), centre (B, H, m, d) -> two (B, H, n).
+    """Nearest centre c of each key, and its score k.c - |c|^2 / 2: k (B, H, n, d), centre (B, H, m, d) -> two (B, H, n).
 
     By |k - c|^2 = |k|^2 - 2 (k.c - |c|^2 / 2): the largest score is the nearest.
     """
-    bias = centre.square().sum(-1).flatten(0, 1)[:, None, :]  # (B * H, 1, m)
-    index, distance = [], []
-    for keys in k.split(CHUNK, 2):
-        score = torch.baddbmm(bias, keys.flatten(0, 1), centre.flatten(0, 1).mT, beta=-0.5)
-        best, where = score.unflatten(0, k.shape[:2]).max(-1)
-        index.append(where)
-        distance.append(keys.square().sum(-1) - 2 * best)
-    return torch.cat(index, -1), torch.cat(distance, -1)
+    flat = centre.flatten(0, 1)
+    bias = flat.square().sum(-1)[:, None]  # (B * H, 1, m)
+    found = []
+    for rows in runs(k.shape[2], centre.shape[1] * centre.shape[2]):
+        found.append(torch.baddbmm(bias, k[:, :, rows].flatten(0, 1), flat.mT, beta=-0.5).max(-1))
+    score, index = found[0] if len(found) == 1 else (torch.cat(x, -1) for x in zip(*found, strict=True))
+    return index.view(k.shape[:3]), score.view(k.shape[:3])
 
 
 def counts(index: Tensor, m: int, keep: Tensor) -> Tensor:
@@ -32,28 +39,34 @@ def counts(index: Tensor, m: int, keep: Tensor) -> Tensor:
     return empty.scatter_add(-1, index, keep.expand(-1, index.shape[1], -1))[..., None]
 
 
-def sums(rows: Tensor, index: Tensor, m: int, keep: Tensor | None) -> Tensor:
-    """Sum of the rows (B, H, n, e) of each cluster: (B, H, m, e).
+def sums(rows: Tensor, index: Tensor, m: int, keep: Tensor | None = None) -> Tensor:
+    """Sum of the rows (B, H, n, e) of each cluster: (B, H, m, e)."""
+    batch, heads, _, e = rows.shape
+    total = rows.new_zeros(batch * heads, m, e)
+    for part, where in _chunks(rows, index, keep):
+        total = added(total, part.flatten(0, 1), where.flatten(0, 1))
+    return total.view(batch, heads, m, e)
+
+
+def added(total: Tensor, rows: Tensor, index: Tensor) -> Tensor:
+    """`total` (G, m, e) with each of the rows (G, n, e) added to its cluster's; it may be changed in place.
 
     On a CPU rows are added in their order. On a GPU that would be a race, so there it is a product with the one-hot matrix.
     """
-    batch, heads, _, e = rows.shape
-    if not rows.is_cuda:
-        first = torch.arange(batch * heads, device=rows.device).view(batch, heads, 1) * m
-        out = rows.new_zeros(batch * heads * m, e)
-        for part, where in _chunks(rows, index, keep):
-            out = out.index_add(0, (where + first).flatten(), part.reshape(-1, e))
-        return out.view(batch, heads, m, e)
-    total = rows.new_zeros(batch, heads, m, e)
-    for part, where in _chunks(rows, index, keep):
-        one_hot = rows.new_zeros(*where.shape, m).scatter(-1, where[..., None], 1.0)
-        total = total + one_hot.mT @ part
-    return total
+    groups, m, e = total.shape
+    if rows.is_cuda:
+        one_hot = rows.new_zeros(*index.shape, m).scatter(-1, index[..., None], 1.0)
+        return total + one_hot.mT @ rows
+    if groups > 1:
+        index = index + m * torch.arange(groups, device=rows.device)[:, None]
+    # of contiguous rows with one index each, PyTorch adds whole rows at once
+    where = index.reshape(-1, 1).expand(-1, e)
+    return total.view(-1, e).scatter_add_(0, where, rows.reshape(-1, e).contiguous()).view(groups, m, e)
 
 
-def means(rows: Tensor, index: Tensor, centre: Tensor, count: Tensor, keep: Tensor) -> Tensor:
-    """Mean of the `count` rows of each cluster, (B, H, m, e); one without any stays at its centre."""
-    return torch.where(count == 0, centre, sums(rows, index, centre.shape[-2], keep) / count.clamp(min=1))
+def means(total: Tensor, count: Tensor, centre: Tensor) -> Tensor:
+    """Mean of each cluster, (B, H, m, e), by the sum of its rows and their count (B, H, m, 1); without any, its centre."""
+    return torch.where(count == 0, centre, total / count.clamp(min=1))
 
 
 def _chunks(rows: Tensor, index: Tensor, keep: Tensor | None) -> Iterator[tuple[Tensor, Tensor]]:
@@ -68,9 +81,10 @@ def strided(k: Tensor, key_mask: Tensor | None, count: int, once: bool = False) 
 
     Where there are fewer than that, keys repeat; `once`: each comes once, and what follows them is to be ignored.
     """
-    n, odd = k.shape[-2], 2 * torch.arange(count, device=k.device) + 1
+    n = k.shape[-2]
     if key_mask is None:
-        return k.index_select(2, odd * n // (2 * count))
+        return k.index_select(2, torch.arange(n, 2 * count * n, 2 * n, device=k.device) // (2 * count))
+    odd = 2 * torch.arange(count, device=k.device) + 1
     seen = key_mask.cumsum(-1)  # (B, n)
     place = torch.where(key_mask, seen - 1, n)  # the t-th real token at place t, padding past the end
     real = seen.new_zeros(seen.shape[0], n + 1).scatter(-1, place, torch.arange(n, device=k.device).expand_as(seen))
@@ -90,20 +104,27 @@ def lloyd(k: Tensor, key_mask: Tensor | None, m: int, steps: int) -> Tensor:
     """
     n = k.shape[-2]
     seen = min(n, SAMPLE * m)
-    start = strided(k, key_mask, m)
+    centre = strided(k, key_mask, m)
     if seen < n:
         k = strided(k, key_mask, seen, once=True)
         if key_mask is not None:  # fewer real keys than that: as if the padding were not there
             key_mask = torch.arange(seen, device=k.device) < key_mask.sum(-1, keepdim=True)
-    keep = k.new_ones(k.shape[0], 1, seen) if key_mask is None else key_mask.to(k.dtype)[:, None, :].expand(-1, 1, seen)
-    centre = start
+    shape, most = centre.shape, min(m, seen) - 1
+    keep = None if key_mask is None else key_mask.to(k.dtype)[:, None, :, None].expand_as(k[..., :1])
+    rows = torch.cat((k, torch.ones_like(k[..., :1])) if keep is None else (k * keep, keep), dim=-1)
+    square = torch.linalg.vector_norm(k, dim=-1).square()
+    k = rows[..., :-1]  # a large sample is held once
     for _ in range(steps):
-        index, distance = nearest(k, centre)
-        count = counts(index, m, keep)
-        farthest, far = (distance * keep).topk(min(m, seen), dim=-1)  # (B, H, m); padding is at distance 0
-        empty = count == 0
-        turn = (empty.cumsum(-2) - 1).clamp(min=0, max=far.shape[-1] - 1).squeeze(-1)  # the t-th empty cluster takes
-        key = far.gather(-1, turn)[..., None].expand(-1, -1, -1, k.shape[-1])  # the t-th farthest key
+        index, score = nearest(k, centre)
+        total = added(rows.new_zeros(*shape[:3], shape[-1] + 1).flatten(0, 1), rows.flatten(0, 1), index.flatten(0, 1))
+        total = total.view(*shape[:3], -1)  # sums of the keys and their count
+        distance = torch.sub(square, score, alpha=2)
+        if keep is not None:
+            distance = distance * keep.squeeze(-1)  # padding is at distance 0
+        farthest, far = distance.topk(most + 1, dim=-1)  # (B, H, m)
+        empty = total[..., -1:] == 0
+        turn = (empty.squeeze(-1).cumsum(-1) - 1).clamp_(0, most)  # the t-th empty cluster takes
+        key = far.gather(-1, turn)[..., None].expand(shape)  # the t-th farthest key
         moved = torch.where(farthest.gather(-1, turn)[..., None] > 0, k.gather(2, key), centre)
-        centre = means(k, index, moved, count, keep)
+        centre = torch.where(empty, moved, total[..., :-1] / total[..., -1:])
     return centre
