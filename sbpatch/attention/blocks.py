@@ -141,10 +141,12 @@ class Blocks(Joined):
         """The best blocks of past epochs for each tile, best first, (B, H, T, blocks); m where there are too few."""
         (batch, _, n, width), key_heads = q.shape, points.key.shape[1]
         tiles = -(-n // self.tile)
-        mean = q.detach().float().view(batch, key_heads, -1, n, width).sum(2)
-        mean = (
-            F.pad(mean, (0, 0, 0, tiles * self.tile - n)).unflatten(2, (tiles, -1)).sum(3)
-        )  # direction is all that counts
+        rows = q.detach().float()
+        if n % self.tile:
+            rows = F.pad(rows, (0, 0, 0, tiles * self.tile - n))
+        mean = rows.reshape(batch, key_heads, -1, tiles, self.tile, width).sum(
+            (2, 4)
+        )  # its direction is all that counts
         score = mean @ points.key.detach().mT
         start = self.tile * torch.arange(tiles, device=q.device)
         hidden = (start[:, None] < self._ready(score.shape[-1], q.device)) | (points.counts[:, :, None] == 0)

@@ -18,7 +18,7 @@ from torch import Tensor
 from .core import Landmarks, Points, Tiles, take
 from .kmeans import runs
 
-ROWS = 1 << 13  # keys and points that the tiles of one call read together
+ROWS = 1 << 13  # keys and points that the tiles of one call read together, of one sample
 UNEVEN = 1.25  # lists of one call are padded to the longest, which is at most so many times the shortest
 LOW, HIGH = 0.97, 4.0  # Nystrom row sum over cluster row sum, outside of which the clusters are believed
 
@@ -89,7 +89,7 @@ def over_tiles(
     out = v.new_empty(batch * heads * n + 1, width)  # the last row is for padding slots
     if points is not None and tiles.whole is not None:  # points are further keys
         k, v = torch.cat((k, points.key.to(k.dtype)), 2), torch.cat((v, points.value.to(v.dtype)), 2)
-    for run, keys, count in _runs(tiles, points, batch * key_heads):
+    for run, keys, count in _runs(tiles, points, key_heads):
         part = tiles._replace(
             query=tiles.query[..., run, :], key=tiles.key[..., run, :keys], valid=tiles.valid[..., run, :, :keys],
             reach=tiles.reach and tiles.reach[run], whole=None if tiles.whole is None else tiles.whole[..., run, :],
@@ -100,12 +100,12 @@ def over_tiles(
         if causal:
             bias = _without_future(bias, part)
         rows = part.query[..., None, :] + first  # (B, H_k, T, group, g)
-        query = flat.index_select(0, rows.reshape(-1)).view(len(key), group, size, -1)
+        query = flat.index_select(0, rows.reshape(-1)).view(-1, group, size, flat.shape[-1])
         found = F.scaled_dot_product_attention(
             query, key.expand(-1, group, -1, -1), value.expand(-1, group, -1, -1),
             attn_mask=bias.to(q.dtype).expand(-1, group, size, -1), scale=scale,
         )  # fmt: skip
-        place = torch.where(used[..., run, :][..., None, :], rows, len(out) - 1)
+        place = torch.where(used[..., run, :][..., None, :], rows, out.shape[0] - 1)
         out.index_copy_(0, place.reshape(-1), found.reshape(-1, width))
     return out[:-1].view(batch, heads, n, width)
 
@@ -141,7 +141,7 @@ def _lists(
     lead = (*k.shape[:2], tiles.key.shape[-2])
     keep = tiles.valid[..., 0, :]  # (..., T, L)
     if key_mask is not None:
-        same = tiles.key if tiles.key.ndim > 2 else tiles.key.expand(len(k), 1, -1, -1)
+        same = tiles.key if tiles.key.ndim > 2 else tiles.key.expand(k.shape[0], 1, -1, -1)
         keep = keep & take(key_mask[:, None, :, None].expand(-1, same.shape[1], -1, -1), same).squeeze(-1)
     bias = torch.zeros(keep.shape, device=k.device).masked_fill(~keep, -torch.inf).expand(*lead, -1)
     listed = tiles.key
@@ -194,4 +194,4 @@ def _without_future(bias: Tensor, tiles: Tiles) -> Tensor:
     later = tiles.key[..., None, :] > tiles.query[..., None]  # (..., T, g, L)
     future = torch.zeros(later.shape, device=bias.device).masked_fill(later, -torch.inf)
     future = F.pad(future, (0, bias.shape[-1] - listed)).flatten(0, -3)
-    return bias + future.repeat(len(bias) // len(future), 1, 1)[:, None]
+    return bias + future.repeat(bias.shape[0] // future.shape[0], 1, 1)[:, None]
