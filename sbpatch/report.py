@@ -22,7 +22,8 @@ COLUMNS_EXPLAINED = (
     "entropy: mean over query rows of -sum p ln p, as a share of its largest value ln n (1: diffuse, 0: one key) · "
     "exact: keys computed exactly per query · rank: clusters or features beside them · "
     "budget: entries stored / n (causal: / (n + 1) / 2) · "
-    "error: ||O' - O|| / ||O|| of the site's output, mean over samples and heads"
+    "error: ||O' - O|| / ||O|| of the site's output, mean over samples and heads · "
+    "speed: time of exact attention over time of this, by the device's cost table"
 )
 
 
@@ -38,7 +39,7 @@ def plan_table(plan: Plan) -> RenderableType:
     """The plan, one row a patched site and one a run of like exact sites; reasons and the columns' meaning below."""
     table = simple_table(
         f"plan for {plan.model or 'the model'}", site="left", n="right", heads="right", entropy="right", method="left",
-        exact="right", rank="right", budget="right", error="right",
+        exact="right", rank="right", budget="right", error="right", speed="right",
     )  # fmt: skip
     notes = []
     for site, count in _grouped(plan.sites):
@@ -47,6 +48,7 @@ def plan_table(plan: Plan) -> RenderableType:
         table.add_row(
             label, str(site.tokens), str(site.heads), _number(site.entropy_ratio, ".2f"), method,
             _number(site.nnz, ".1f"), _number(site.rank, "d"), _number(site.budget, ".4f"), _number(site.output_error, ".4f"),
+            _number(_speed(site), ".1f"),
         )  # fmt: skip
         notes.append(Text(f"{label}: {site.reason}"))
     notes.append(
@@ -58,6 +60,10 @@ def plan_table(plan: Plan) -> RenderableType:
     if plan.check:
         notes.append(Text(checked(plan)))
     return Group(table, *notes, Text(COLUMNS_EXPLAINED, style="dim"))
+
+
+def _speed(site: SitePlan) -> float | None:
+    return site.exact_ms / site.patched_ms if site.exact_ms and site.patched_ms else None
 
 
 def checked(plan: Plan) -> str:
@@ -159,7 +165,8 @@ def model_card(plan: Plan) -> str:
     rows = "\n".join(
         f"| `{s.name}` | {s.tokens} | {s.heads} | {_number(s.entropy_ratio, '.3f')} | {s.decision} | {s.method or ''} "
         f"| {_number(s.nnz, '.1f')} | {_number(s.rank, 'd')} | {_number(s.budget, '.4f')} "
-        f"| {_number(s.matrix_error, '.3f')} | {_number(s.output_error, '.4f')} | {s.reason} |"
+        f"| {_number(s.matrix_error, '.3f')} | {_number(s.output_error, '.4f')} "
+        f"| {_number(s.exact_ms, '.3g')} | {_number(s.patched_ms, '.3g')} | {s.reason} |"
         for s in plan.sites
     )
     versions = ", ".join(f"{name} {version}" for name, version in plan.versions.items())
@@ -187,11 +194,12 @@ Calibrated on {data}, seed {plan.seed}, {versions}. Stored over the patched site
 
 ![report](report.png)
 
-| site | tokens | heads | entropy / ln n | decision | method | exact keys | rank | budget | matrix error | output error | why |
-|---|---|---|---|---|---|---|---|---|---|---|---|
+| site | tokens | heads | entropy / ln n | decision | method | exact keys | rank | budget | matrix error | output error | exact ms | patched ms | why |
+|---|---|---|---|---|---|---|---|---|---|---|---|---|---|
 {rows}
 
-{COLUMNS_EXPLAINED.replace(" · ", "; ")}; matrix error: the same norm of the attention matrix itself, over a few samples.
+{COLUMNS_EXPLAINED.replace(" · ", "; ")}; matrix error: the same norm of the attention matrix itself, over a few samples;
+exact ms, patched ms: of one sample, all heads; where a site stays exact, the latter is of the fastest patch.
 """
 
 
