@@ -194,13 +194,35 @@ Calibrated on {data}, seed {plan.seed}, {versions}. Stored over the patched site
 
 ![report](report.png)
 
-| site | tokens | heads | entropy / ln n | decision | method | exact keys | rank | budget | matrix error | output error | exact ms | patched ms | why |
-|---|---|---|---|---|---|---|---|---|---|---|---|---|---|
+{
+        _table_head(
+            "site",
+            "tokens",
+            "heads",
+            "entropy / ln n",
+            "decision",
+            "method",
+            "exact keys",
+            "rank",
+            "budget",
+            "matrix error",
+            "output error",
+            "exact ms",
+            "patched ms",
+            "why",
+        )
+    }
 {rows}
 
-{COLUMNS_EXPLAINED.replace(" · ", "; ")}; matrix error: the same norm of the attention matrix itself, over a few samples;
+{
+        COLUMNS_EXPLAINED.replace(" · ", "; ")
+    }; matrix error: the same norm of the attention matrix itself, over a few samples;
 exact ms, patched ms: of one sample, all heads; where a site stays exact, the latter is of the fastest patch.
 """
+
+
+def _table_head(*names: str) -> str:
+    return f"| {' | '.join(names)} |\n{'|---' * len(names)}|"
 
 
 def plot_plan(plan: Plan, path: Path) -> None:

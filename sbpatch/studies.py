@@ -208,7 +208,7 @@ def bench_command(
     budget: Annotated[float, typer.Option("--budget", help="entries stored / entries of exact attention")] = 0.03,
     heads: Annotated[int | None, typer.Option("--heads", min=1, help="without MODEL; default: 4")] = None,
     head_dim: Annotated[int | None, typer.Option("--head-dim", min=1, help="without MODEL; default: 64")] = None,
-    batch: Annotated[int | None, typer.Option("--batch", min=1, help="without MODEL; default: 1")] = None,
+    batch: Annotated[int, typer.Option("--batch", min=1, help="samples a call")] = 1,
     causal: Annotated[bool, typer.Option("--causal", help="without MODEL")] = False,
     plot: Annotated[Path | None, typer.Option("--plot", help="write time against length as a PNG")] = None,
     device: DeviceFlag = Device.auto,
@@ -227,13 +227,13 @@ def bench_command(
     settings = {"device": evaluate.device_name(where), "dtype": dtype.value, "versions": versions()}
     if model is None:
         _refuse_without_model(source, data_dir, checkpoint, site, input_size)
-        options |= {"heads": heads or 4, "head_dim": head_dim or 64, "batch": batch or 1, "causal": causal}
-        subject = f"one call, {batch or 1} x {heads or 4} heads x {head_dim or 64}" + (", causal" if causal else "")
+        options |= {"heads": heads or 4, "head_dim": head_dim or 64, "batch": batch, "causal": causal}
+        subject = f"one call, {batch} x {heads or 4} heads x {head_dim or 64}" + (", causal" if causal else "")
         rows = bench.bench(wanted or bench.LENGTHS, names, device=where, dtype=kind, **options)
     else:
-        _refuse_with_model(heads, head_dim, batch, causal)
+        _refuse_with_model(heads, head_dim, causal)
         loaded = open_model(model, checkpoint, input_size)
-        pairs = _bench_samples(loaded, wanted, source, seed, data_dir, where, kind)
+        pairs = _bench_samples(loaded, wanted, source, seed, data_dir, batch, where, kind)
         settings["model"] = subject = loaded.name
         rows = bench_model.bench_model(loaded.model.to(where, kind), pairs, names, pattern=site or "*", **options)
     title = f"{subject}, {settings['device']}, {dtype.value}"
@@ -258,7 +258,7 @@ def _refuse_without_model(*given: object) -> None:
 
 
 def _refuse_with_model(*given: object) -> None:
-    flags = ("--heads", "--head-dim", "--batch", "--causal")
+    flags = ("--heads", "--head-dim", "--causal")
     if wrong := [flag for flag, value in zip(flags, given, strict=True) if value]:
         raise SbpatchError(f"{', '.join(wrong)} with a MODEL, whose calls have shapes of their own: leave it out")
 
@@ -269,13 +269,14 @@ def _bench_samples(
     source: str | None,
     seed: int,
     data_dir: Path | None,
+    batch: int,
     device: str,
     dtype: torch.dtype,
 ) -> list[tuple[Inputs, Inputs]]:
-    """Two samples a length, one to measure on and one to fit on; texts without padding."""
+    """Two batches a length, one to measure on and one to fit on; texts without padding."""
     subjects = [loaded] if lengths is None else [at_length(loaded, tokens) for tokens in lengths]
     found = []
     for subject in subjects:
-        one, other = batches(_unpadded_set(subject, source, 2, seed, data_dir), 1)
+        one, other = batches(_unpadded_set(subject, source, 2 * batch, seed, data_dir), batch)
         found.append((moved(one[0], device, dtype), moved(other[0], device, dtype)))
     return found

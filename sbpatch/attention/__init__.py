@@ -12,6 +12,7 @@ from . import (  # noqa: F401  each registers its parts
     favor_variants,
     leverage,
     linear,
+    local,
     longformer,
     lsh,
     nystromformer,

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .core import Landmarks, Points, Tiles, take
-from .kmeans import runs
+from .kmeans import added, runs
 
 ROWS = 1 << 13  # keys and points that the tiles of one call read together, of one sample
 UNEVEN = 1.25  # lists of one call are padded to the longest, which is at most so many times the shortest
@@ -177,11 +177,10 @@ def _remainder(points: Points, count: int, tiles: Tiles, keep: Tensor, value: Te
     covered = torch.zeros(batch, heads, many, count + 1, device=keep.device).scatter_add(-1, own, keep.float())
     left = points.counts[:, :, None, :count] - covered[..., :count]
     left = left * _readable(tiles, count, keep.device)
-    first = (count + 1) * torch.arange(batch * heads * many, device=keep.device).view(batch, heads, many, 1)
-    taken = value.new_zeros(batch * heads * many * (count + 1), value.shape[-1], dtype=torch.float32)
-    taken = taken.index_add(0, (own + first).reshape(-1), value.reshape(-1, value.shape[-1]).float())
+    taken = value.new_zeros(batch * heads * many, count + 1, value.shape[-1], dtype=torch.float32)
+    taken = added(taken, value.flatten(0, 2).float(), own.flatten(0, 2)).view(batch, heads, many, count + 1, -1)
     total = (points.value * points.counts[..., None])[:, :, None, :count]
-    rest = (total - taken.view(batch, heads, many, count + 1, -1)[..., :count, :]) / left[..., None].clamp(min=1)
+    rest = (total - taken[..., :count, :]) / left[..., None].clamp(min=1)
     return left, rest
 
 

@@ -16,29 +16,32 @@ from .registry import Geometry, Sparse, register
 from .tree import balanced_tree
 
 PEAKED = 0.8  # entropy / ln n below which a query's largest keys are looked for by content, not only by place
+GROUP = 8  # similar queries that read the same clusters
+LONG, LONG_GROUP = 4096, 128  # from so many tokens on, groups of so many: a fraction of the time
 CHUNK = 256  # query groups ranked at once: the (groups, clusters) scores never exceed this many rows
 
 
 @register("top-clusters")
 class TopClusters(Sparse):
-    """The `probes` best clusters of `CLUSTER` keys for each group of `GROUP` similar queries.
+    """The `probes` best clusters of `CLUSTER` keys for each group of `group` similar queries.
 
     Keys and queries are grouped by balanced trees over their principal axes, so all shapes depend on n alone. A group
-    ranks the clusters by its mean query, q.c + ln(count). The ranking computes n / (CLUSTER * GROUP) scores a row, which
+    ranks the clusters by its mean query, q.c + ln(count). The ranking computes n / (CLUSTER * group) scores a row, which
     are not attention entries and are dropped at once. Not causal: the trees are built over all tokens.
     """
 
     by_content = True
     CLUSTER = 4
-    GROUP = 8
 
-    def __init__(self, site: Geometry, seed: int, probes: int) -> None:
+    def __init__(self, site: Geometry, seed: int, probes: int, group: int = GROUP) -> None:
         super().__init__()
         if probes < 1:
             raise SbpatchError(f"top-clusters needs at least one cluster a query, not {probes}")
         if site.causal:
             raise SbpatchError("top-clusters groups all tokens, the future included, and cannot be causal; use window")
-        self.probes = probes
+        if group < 1:
+            raise SbpatchError(f"top-clusters ranks for groups of at least one query, not {group}")
+        self.probes, self.group = probes, group
         self.nnz = float(min(probes * self.CLUSTER, site.tokens))
 
     @classmethod
@@ -47,11 +50,14 @@ class TopClusters(Sparse):
 
     @classmethod
     def sized(cls, stored: float, site: Geometry) -> dict[str, int] | None:
-        return {"probes": int(stored / cls.CLUSTER)} if stored >= cls.CLUSTER else None
+        if stored < cls.CLUSTER:
+            return None
+        group = {} if site.tokens < LONG else {"group": LONG_GROUP}
+        return {"probes": int(stored / cls.CLUSTER)} | group
 
     def _groups(self, q: Tensor, k: Tensor, key_mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Query groups (B, H, G, GROUP), key clusters (B, H, C, CLUSTER), and each group's best clusters (B, H, G, p)."""
-        query, cluster = balanced_tree(q, self.GROUP), balanced_tree(k, self.CLUSTER, key_mask)
+        query, cluster = balanced_tree(q, self.group), balanced_tree(k, self.CLUSTER, key_mask)
         mean_q, _ = _means(q, query, None)
         mean_k, count = _means(k, cluster, key_mask)
         best = []
