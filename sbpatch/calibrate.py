@@ -137,7 +137,8 @@ def calibrate(
     if keep_slow and objective == "memory":
         costs = None
     else:
-        costs = costs or CostTable(default_path(), device, next(model.parameters()).dtype)
+        first = next(model.parameters(), None)
+        costs = costs or CostTable(default_path(), device, torch.float32 if first is None else first.dtype)
     plan.sites = [first_decision(site, include, exclude, costs or min_tokens, fixed) for site in sites]
     _refuse_empty(plan)
     answer = answer or _answer(model, batches[0], plan)

@@ -43,6 +43,7 @@ site_fields = st.fixed_dictionaries(
         "tokens": st.integers(1, 10**6),
         "heads": st.integers(1, 64),
         "head_dim": st.integers(1, 512),
+        "key_heads": st.just(0),
         "causal": st.booleans(),
         "prefix": st.integers(0, 9),
         "decision": st.sampled_from(["patch", "exact", "unsupported"]),
