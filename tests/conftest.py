@@ -1,4 +1,4 @@
-"""What every test starts from: a fixed global seed, two threads, a cost table of its own, hypothesis examples that never change."""
+"""What every test starts from: a fixed global seed, two threads, an own cost table, hypothesis examples that never change."""
 
 from __future__ import annotations
 

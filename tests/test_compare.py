@@ -119,9 +119,7 @@ def test_allocations_of_one_method(model: nn.Module, answer: Answer, quality: se
         assert quality <= row.keys()
         assert row["budget"] <= 0.5
         rule, _, refine = row["allocation"].partition("+")
-        plan = calibrate(
-            subject, [x], budget=0.5, answer=answer, allocation=rule, refine=bool(refine), keep_slow=True
-        )
+        plan = calibrate(subject, [x], budget=0.5, answer=answer, allocation=rule, refine=bool(refine), keep_slow=True)
         assert plan.allocation == rule
         assert row["budget"] == plan.budget.used
         errors = [site.output_error if site.decision == "patch" else 0 for site in plan.sites if site.method]

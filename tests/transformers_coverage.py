@@ -24,7 +24,7 @@ from sbpatch.calibrate import first_decision
 from sbpatch.errors import SbpatchError
 from sbpatch.inputs import run
 from sbpatch.models import Checkpoint, load_checkpoint
-from sbpatch.plan import Budget, Plan, SitePlan, patch_tensors
+from sbpatch.plan import Budget, Plan, patch_tensors
 from sbpatch.sites import Call, Site, find_sites, swapped
 
 PAGE = Path(__file__).parents[1] / "docs" / "supported-models.md"
