@@ -109,7 +109,8 @@ def calibrate(
         min_tokens: with `keep_slow`, sites with fewer tokens stay exact.
         fixed: settings by shell pattern over site names, taken as they are instead of a search, slow or not.
         keep_slow: also take patches that are slower than exact attention on this device. By default a site or head where no
-            patch is faster stays exact, and a site without any is set aside before the budget is shared out.
+            patch is faster stays exact, and a site without any is set aside before the budget is shared out. No difference
+            with `objective="time"`, which such patches cannot serve.
         costs: the times that decide this; by default those of this machine, measured where they are not known yet.
         refine: take more time to learn what is learned of the chosen layers (see refine).
         journal: keeps what was measured, so that a calibration that was cut off goes on where it was.
@@ -137,7 +138,8 @@ def calibrate(
     if keep_slow and objective == "memory":
         costs = None
     else:
-        costs = costs or CostTable(default_path(), device, next(model.parameters()).dtype)
+        first = next(model.parameters(), None)
+        costs = costs or CostTable(default_path(), device, torch.float32 if first is None else first.dtype)
     plan.sites = [first_decision(site, include, exclude, costs or min_tokens, fixed) for site in sites]
     _refuse_empty(plan)
     answer = answer or _answer(model, batches[0], plan)
@@ -227,7 +229,7 @@ def set_aside(site: SitePlan, costs: CostTable, fastest: float) -> SitePlan:
 def _refuse_empty(plan: Plan) -> None:
     if not plan.patched:
         reasons = "; ".join(f"{s.name}: {s.reason}" for s in plan.sites[:3])
-        slow = any(site.patched_ms is not None for site in plan.sites)
+        slow = plan.objective == "memory" and any(site.patched_ms is not None for site in plan.sites)
         advice = "; --keep-slow patches all the same, for the memory of eager attention" if slow else ""
         raise SbpatchError(f"nothing to patch among {len(plan.sites)} attention sites ({reasons}){advice}")
 

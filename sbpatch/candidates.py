@@ -161,8 +161,8 @@ def candidates_for(
         costs: where given, layers that are not faster than exact attention are left out.
 
     Returns:
-        Exact attention among them where the allocation is joint; none where nothing is faster than exact attention. And
-        the milliseconds of the fastest one that was looked at.
+        Exact attention among them where the allocation is joint, alone where no method can be so small; none where there
+        are layers and all are slower than exact attention. And the milliseconds of the fastest one that was looked at.
 
     Raises:
         SbpatchError: the budget is less than any method can work with.
@@ -199,7 +199,7 @@ def candidates_for(
             f"budget {budget:g} leaves site '{site.name}' ({site.tokens} tokens) less than {method} can work "
             "with: raise --budget or exclude the site"
         )
-    if tried and joint and not method.startswith(NAIVE):
+    if (tried or not possible) and joint and not method.startswith(NAIVE):
         exact = Exact(site.geometry)
         tried["exact"] = Candidate(exact, None if costs is None else costs.ms(exact))
     return list(tried.values()), fastest

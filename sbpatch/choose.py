@@ -149,7 +149,7 @@ def _why(site: SitePlan, heads: Sequence[Candidate], tried: int) -> str:
     """One line for the report: what the entropy rule would have taken, and what the measurement took."""
     assert site.entropy_ratio is not None
     if tried == 1:
-        return "one setting, taken as it is"
+        return "one setting, taken as it is" if site.decision == "patch" else "no method can work with so few entries"
     if site.decision == "exact":
         return f"the best of {tried} layers tried: what it costs to stay exact buys more here than elsewhere"
     stored = sum(c.layer.stored for c in heads)

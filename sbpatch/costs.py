@@ -37,18 +37,18 @@ class CostTable:
     `path` None keeps it in memory. A table that was given holds what it holds: what is missing is measured and added.
 
     Raises:
-        SbpatchError: the file is not such a table.
+        SbpatchError: the file is not such a table, or cannot be written.
     """
 
     def __init__(self, path: Path | None, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
         self.path, self.device, self.dtype = path, device, dtype
         self.rows: dict[str, float] = {}
-        if path is None or not path.exists():
-            return
         try:
+            if path is None or not path.exists():
+                return
             found = json.loads(path.read_text(encoding="utf-8"))
             self.rows = {str(key): float(ms) for key, ms in found["ms"].items()}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise SbpatchError(f"{path} is not a cost table: remove it, or name another by --cost-table") from error
         if any(not 0 < ms < float("inf") for ms in self.rows.values()):
             raise SbpatchError(
@@ -104,11 +104,16 @@ class CostTable:
     def _write(self) -> None:
         if self.path is None:
             return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         fresh = self.path.with_name(f".{self.path.name}.{os.getpid()}")
         rows = {"ms": dict(sorted(self.rows.items()))}
-        fresh.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-        fresh.replace(self.path)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            fresh.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+            fresh.replace(self.path)
+        except OSError as error:
+            raise SbpatchError(
+                f"cannot write the cost table {self.path}: {error.strerror}; name another by --cost-table"
+            ) from error
 
 
 def default_path() -> Path:

@@ -94,9 +94,7 @@ class SitePlan(Setting):
     matrix_error: float | None = None
     output_error: float | None = None
     exact_ms: float | None = None  # of one sample, by the cost table
-    patched_ms: float | None = (
-        None  # the same of what was chosen; of the fastest layer where none was faster than exact
-    )
+    patched_ms: float | None = None  # of what was chosen; of the fastest layer where none was faster than exact
 
     @model_validator(mode="after")
     def _grid_holds_the_tokens(self) -> SitePlan:
@@ -228,21 +226,23 @@ class Plan(BaseModel):
         """Read `sbpatch.json`.
 
         Raises:
-            SbpatchError: the file is missing or is not a plan; the line names the first thing wrong with it.
+            SbpatchError: the file is missing, is not a plan (the line names the first thing wrong with it), or is of another
+                version's format.
         """
         try:
             plan = cls.model_validate_json(path.read_text(encoding="utf-8"))
-            if plan.format != FORMAT:
-                raise SbpatchError(
-                    f"{path} was written by another version of sbpatch (format {plan.format}, this one reads {FORMAT}): "
-                    "calibrate again"
-                )
         except OSError as error:
             raise SbpatchError(f"no plan at {path}: {error.strerror}") from error
         except (ValidationError, UnicodeDecodeError) as error:
             first = error.errors()[0] if isinstance(error, ValidationError) else {"loc": (), "msg": str(error)}
             where = ".".join(map(str, first["loc"])) or "the file"
             raise SbpatchError(f"{path} is not a plan: {where}: {first['msg']}") from error
+        found = plan.format if "format" in plan.model_fields_set else 1  # the first format did not name itself
+        if found != FORMAT:
+            age = "an older" if found < FORMAT else "a newer"
+            raise SbpatchError(
+                f"{path} was written by {age} version of sbpatch (format {found}, this one reads {FORMAT}): calibrate again"
+            )
         plan.tensors = dict(tensors or {})
         return plan
 

@@ -1,6 +1,10 @@
-"""What every test starts from: a fixed global seed, two threads, and hypothesis examples that never change."""
+"""What every test starts from: a fixed global seed, two threads, an own cost table, hypothesis examples that never change."""
 
 from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +15,16 @@ settings.register_profile(
 )
 settings.load_profile("sbpatch")
 torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """No test reads or writes the user's cost table, nor do the processes it starts; downloaded models are found as before."""
+    before = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_HOME", os.environ.get("HF_HOME") or f"{before}/huggingface")
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -190,7 +190,7 @@ def test_rows_of_a_causal_text_model() -> None:
     window = next(r for r in rows if r["method"] == "window" and r["tokens"] == 300)
     assert (window["sites"], window["heads"], window["head_dim"], window["causal"]) == (2, 4, 8, True)  # grouped heads
     assert window["budget"] == bench.sized_layer("window", Geometry(300, 4, 8, True), 0.2, 0).stored / 150.5
-    assert all("causal clusters" in r["skipped"] for r in rows if r["method"] == "clusters")
+    assert all("cannot be causal; use blocks" in r["skipped"] for r in rows if r["method"] == "clusters")
 
 
 @torch.inference_mode()

@@ -17,13 +17,14 @@ from tiny_text import bert, llama, prose, words
 
 import sbpatch
 from sbpatch import cli, evaluate
+from sbpatch.costs import default_path
 from sbpatch.data import batches, open_images
 from sbpatch.models import load_checkpoint
 from sbpatch.texts import open_text
 from sbpatch.tokens import windows
 
 CALIBRATED = ["README.md", "config.json", "model.safetensors", "report.png", "sbpatch.json", "sbpatch.safetensors"]
-QUICK = ["--samples", "3", "--budget", "0.2", "--data", "images", "--quiet"]
+QUICK = ["--samples", "3", "--budget", "0.2", "--data", "images", "--quiet", "--keep-slow"]
 
 
 def jpeg(level: int) -> bytes:
@@ -84,15 +85,24 @@ def patched(place) -> Path:
 # ---- what comes back
 
 
-def test_inspect(capsys):
+def test_inspect(capsys, monkeypatch, tmp_path_factory):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
     assert command("inspect", "tiny.pth", "--json", "-", "--quiet") == 0
     found = json.loads(capsys.readouterr().out)
     assert found["model"] == "tiny.pth"
     assert [(s["name"], s["tokens"], s["decision"]) for s in found["sites"]] == [
-        ("tokens_to_token.attention1.attn", 256, "patch"),
+        ("tokens_to_token.attention1.attn", 256, "exact"),
         ("tokens_to_token.attention2.attn", 64, "exact"),
         ("blocks.0.attn", 17, "exact"),
     ]
+    assert all(0 < s["exact_ms"] < s["patched_ms"] / 0.9 + 1e-9 for s in found["sites"])
+    costs = json.loads(default_path().read_text())
+    slow = {key: 1e6 if key.endswith(": exact") and ": 256 x" in key else ms for key, ms in costs["ms"].items()}
+    assert len(slow) == 6  # exact attention and the cheapest patch of three sites
+    default_path().write_text(json.dumps({"ms": slow}))
+    assert command("inspect", "tiny.pth", "--json", "-", "--quiet") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [s["decision"] for s in found["sites"]] == ["patch", "exact", "exact"]
     assert command("inspect", "tiny.pth", "--input-size", "128") == 0
     assert {"1024", "256"} <= set(capsys.readouterr().out.split())
     assert [str(p) for p in Path().iterdir() if p.name not in ("images", "tiny.pth")] == []
@@ -101,7 +111,7 @@ def test_inspect(capsys):
 def test_a_drop_in_place_of_a_budget(capsys):
     """The smallest budget that keeps a loose promise; settings reach the plan, and nothing of the run is left beside it."""
     before = files()
-    quick = ["--samples", "6", "--data", "images", "--quiet", "--method", "clusters", "--json", "-"]
+    quick = ["--samples", "6", "--data", "images", "--quiet", "--keep-slow", "--method", "clusters", "--json", "-"]
     assert command("calibrate", "tiny.pth", "-o", "out", "--max-drop", "60", "--refine", *quick) == 0
     plan = json.loads(capsys.readouterr().out)
     assert plan["max_drop"] == 60
@@ -168,6 +178,7 @@ def test_recipe_and_the_flags_before_it(capsys):
         "  '*attention1*': {method: window, window: 11}\n  '*2*': {method: clusters, rank: 5}"
     )
     run = ["calibrate", "tiny.pth", "--data", "images", "--samples", "3", "--quiet", "--dry-run", "--json", "-"]
+    run.append("--keep-slow")
     assert command(*run, "--recipe", "r.yaml") == 0
     plan = json.loads(capsys.readouterr().out)
     assert plan["budget"]["requested"] == 0.3
@@ -218,7 +229,7 @@ def test_inspect_of_text_models(texts, capsys, model, length, sites):
     assert command("inspect", model, *options, "--json", "-", "--quiet") == 0
     found = json.loads(capsys.readouterr().out)["sites"]
     assert [(s["name"], s["tokens"], s["causal"]) for s in found] == sites
-    assert {s["decision"] for s in found} == {"patch"}
+    assert all(s["decision"] == "exact" and s["patched_ms"] > 0.9 * s["exact_ms"] > 0 for s in found)
 
 
 @pytest.mark.slow

@@ -69,7 +69,7 @@ def test_a_row_is_the_patched_model(model: torch.nn.Module) -> None:
     x = images(4)
     labels = torch.zeros(4, dtype=torch.long)
     row = compare.compare(model, [x], [(x, labels)], methods=["window"], budgets=[0.1])[1]
-    plan = calibrate(model, [x], budget=0.1, method="window", allocation="measured")
+    plan = calibrate(model, [x], budget=0.1, method="window", allocation="measured", keep_slow=True)
     patch(model, plan)
     try:
         with torch.inference_mode():
@@ -119,7 +119,7 @@ def test_allocations_of_one_method(model: nn.Module, answer: Answer, quality: se
         assert quality <= row.keys()
         assert row["budget"] <= 0.5
         rule, _, refine = row["allocation"].partition("+")
-        plan = calibrate(subject, [x], budget=0.5, answer=answer, allocation=rule, refine=bool(refine))
+        plan = calibrate(subject, [x], budget=0.5, answer=answer, allocation=rule, refine=bool(refine), keep_slow=True)
         assert plan.allocation == rule
         assert row["budget"] == plan.budget.used
         errors = [site.output_error if site.decision == "patch" else 0 for site in plan.sites if site.method]

@@ -63,8 +63,8 @@ def layers(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, PatchedSite
     found = {}
     for site in find_sites(model, inputs):
         assert site.unsupported is None
-        method = "sinks+clusters" if site.geometry.causal else "window+clusters"
-        sizes = {"window": 64 if site.geometry.causal else 5, "rank": 6}
+        method = "blocks" if site.geometry.causal else "window+clusters"
+        sizes = {"epoch": 16, "block": 4, "blocks": 2, "tile": 8} if site.geometry.causal else {"window": 5, "rank": 6}
         found[site.name] = PatchedSite(site.name, Scatterbrain(method, site.geometry, 0, **sizes))
     return found
 

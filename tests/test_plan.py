@@ -43,6 +43,7 @@ site_fields = st.fixed_dictionaries(
         "tokens": st.integers(1, 10**6),
         "heads": st.integers(1, 64),
         "head_dim": st.integers(1, 512),
+        "key_heads": st.just(0),
         "causal": st.booleans(),
         "prefix": st.integers(0, 9),
         "decision": st.sampled_from(["patch", "exact", "unsupported"]),
@@ -258,6 +259,29 @@ def test_damaged_plans_give_one_line(directory, content):
     assert f"{directory / PLAN_FILE} is not a plan" in refused(load, directory)
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda plan: plan.pop("format"), "an older version of sbpatch (format 1, this one reads 2): calibrate again"),
+        (
+            lambda plan: plan.update(format=1),
+            "an older version of sbpatch (format 1, this one reads 2): calibrate again",
+        ),
+        (
+            lambda plan: plan.update(format=3),
+            "a newer version of sbpatch (format 3, this one reads 2): calibrate again",
+        ),
+    ],
+)
+def test_plans_of_another_format_are_refused(directory, change, said):
+    path = directory / PLAN_FILE
+    plan = json.loads(path.read_text())
+    assert plan["format"] == 2
+    change(plan)
+    path.write_text(json.dumps(plan))
+    assert refused(load, directory) == f"{path} was written by {said}"
+
+
 def test_a_plan_cut_or_changed_anywhere_is_refused_or_read(directory):
     """Nothing but SbpatchError escapes, whatever bytes stand in sbpatch.json; seeded, so that a failure repeats."""
     path = directory / PLAN_FILE
@@ -276,6 +300,17 @@ def test_a_plan_cut_or_changed_anywhere_is_refused_or_read(directory):
         path.write_bytes(damaged)
         with suppress(SbpatchError):
             read_plan(directory).layers()
+
+
+def test_key_heads_come_back_and_must_share_the_heads(tmp_path):
+    fields = {"name": "s", "class": "C", "tokens": 9, "heads": 6, "head_dim": 8, "decision": "exact", "reason": ""}
+    plan = Plan(model="m", seed=0, budget=Budget(requested=0.5), sites=[])
+    plan.sites.append(SitePlan.model_validate(fields | {"key_heads": 2}))
+    (tmp_path / PLAN_FILE).write_text(plan.to_json())
+    (site,) = Plan.read(tmp_path / PLAN_FILE).sites
+    assert (site.geometry.key_heads, site.geometry.group) == (2, 3)
+    (tmp_path / PLAN_FILE).write_text(plan.to_json().replace('"key_heads": 2', '"key_heads": 4'))
+    assert "6 heads do not share 4 key heads evenly" in refused(Plan.read, tmp_path / PLAN_FILE)
 
 
 def test_a_patched_model_is_not_probed_again():

@@ -42,8 +42,9 @@ def test_minilm_embeddings_of_paragraphs_it_has_not_seen():
     prepared = replace(loaded.preprocessing, tokens=256)
     sample = [x for x, _ in batches(sample_passages(open_text(str(VALID), split="train"), prepared, 4, 0), 4)]
     plan = calibrate(
-        loaded.model, sample, budget=0.25, method="top-clusters+clusters", allocation="measured", answer="features"
-    )
+        loaded.model, sample, budget=0.25, method="top-clusters+clusters", allocation="measured", answer="features",
+        keep_slow=True,
+    )  # fmt: skip
     assert len(plan.patched) == 6
     cosines = []
     with torch.inference_mode():
@@ -63,8 +64,9 @@ def test_smollm2_beats_sinks_and_window_of_the_same_size():
     prepared = replace(loaded.preprocessing, tokens=512)
     sample = [x for x, _ in batches(windows(open_text(str(VALID), split="train"), prepared, limit=2), 1)]
     plan = calibrate(
-        loaded.model, sample, budget=0.25, method="sinks", answer="next-token", include=["*.layers.*[05].*"]
-    )
+        loaded.model, sample, budget=0.25, method="sinks", answer="next-token", include=["*.layers.*[05].*"],
+        keep_slow=True,
+    )  # fmt: skip
     assert len(plan.patched) + sum(site.method == "exact" for site in plan.sites) == 6
     assert plan.budget.used <= 0.25
     sites = [site for site in find_sites(loaded.model, sample[0]) if fnmatch(site.name, "*.layers.*[05].*")]

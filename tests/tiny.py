@@ -15,7 +15,9 @@ import timm
 import torch
 from torch import nn
 
-from sbpatch.attention import Scatterbrain
+from sbpatch.attention import Geometry, Scatterbrain
+from sbpatch.attention.per_head import Exact, Layer
+from sbpatch.costs import CostTable
 from sbpatch.errors import SbpatchError
 from sbpatch.models import Checkpoint, load_checkpoint
 from sbpatch.plan import Budget, Plan, SitePlan, patch_tensors
@@ -51,6 +53,20 @@ def refused(work: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
     assert "\n" not in text
     assert len(text) < 700
     return text
+
+
+class Times(CostTable):
+    """A cost table without a clock: exact attention takes `n / 100` ms a head, a layer the given share of that."""
+
+    def __init__(self, share: Callable[[Layer], float]) -> None:
+        super().__init__(None, torch.device("cpu"))
+        self.share = share
+
+    def exact_ms(self, site: Geometry) -> float:
+        return site.heads * site.tokens / 100
+
+    def ms(self, layer: Layer) -> float:
+        return self.exact_ms(layer.site) * (1.0 if isinstance(layer, Exact) else self.share(layer))
 
 
 PARAMETERS: dict[str, dict[str, int]] = {

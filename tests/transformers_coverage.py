@@ -24,7 +24,7 @@ from sbpatch.calibrate import first_decision
 from sbpatch.errors import SbpatchError
 from sbpatch.inputs import run
 from sbpatch.models import Checkpoint, load_checkpoint
-from sbpatch.plan import Budget, Plan, SitePlan, patch_tensors
+from sbpatch.plan import Budget, Plan, patch_tensors
 from sbpatch.sites import Call, Site, find_sites, swapped
 
 PAGE = Path(__file__).parents[1] / "docs" / "supported-models.md"
@@ -125,7 +125,7 @@ def plan_on(loaded: Checkpoint) -> Plan:
     """Every site that can be patched, patched: causal ones by a window, the others by clusters."""
     plan = Plan(model=loaded.name, seed=0, budget=Budget(requested=0.2), sites=[])
     for site in find_sites(loaded.model, loaded.preprocessing.probe()):
-        entry = SitePlan.of(site, *first_decision(site, min_tokens=1))
+        entry = first_decision(site, limit=1)
         if entry.decision == "patch":
             method, parameters = (
                 ("window", {"window": 9}) if site.geometry.causal else ("clusters", {"rank": 6, "steps": 1})
@@ -176,8 +176,8 @@ def rows(family: Family) -> list[str]:
     check(loaded, [site for site in sites if not site.unsupported])
     groups: dict[tuple[str, str], list[Site]] = {}
     for site in sites:
-        decision, reason = first_decision(site, min_tokens=1)
-        outcome = "patchable" if decision == "patch" else f"exact: {re.sub(r'[0-9]+', '#', reason)}"
+        first = first_decision(site, limit=1)
+        outcome = "patchable" if first.decision == "patch" else f"exact: {re.sub(r'[0-9]+', '#', first.reason)}"
         groups.setdefault((site.class_name, outcome), []).append(site)
     lines = []
     for (cls, outcome), group in groups.items():
