@@ -25,7 +25,7 @@ METHODS = ("clusters", "lsh+clusters", "window+favor", "lsh+favor", "auto")
 CAUSAL_METHODS = ("blocks", "window", "sinks", "window+favor", "lsh+favor", "auto")
 LENGTHS = (1024, 4096, 16384)
 REPEATS = 5
-EAGER_BYTES = 4 << 30  # eager attention is left out where its matrix alone would take more
+EAGER_BYTES = 1 << 30  # eager attention is left out where its matrix alone would take more
 SHAPE = ("tokens", "heads", "head_dim", "batch", "causal")  # keys of a row that say what the call is
 
 Row = dict[str, Any]  # in the contract's keys

@@ -95,7 +95,7 @@ def test_inspect(capsys, monkeypatch, tmp_path_factory):
         ("tokens_to_token.attention2.attn", 64, "exact"),
         ("blocks.0.attn", 17, "exact"),
     ]
-    assert all(0 < s["exact_ms"] < s["patched_ms"] / 0.9 + 1e-9 for s in found["sites"])
+    assert all(0 < s["exact_ms"] <= s["patched_ms"] / 0.9 for s in found["sites"])
     costs = json.loads(default_path().read_text())
     slow = {key: 1e6 if key.endswith(": exact") and ": 256 x" in key else ms for key, ms in costs["ms"].items()}
     assert len(slow) == 6  # exact attention and the cheapest patch of three sites
@@ -229,7 +229,10 @@ def test_inspect_of_text_models(texts, capsys, model, length, sites):
     assert command("inspect", model, *options, "--json", "-", "--quiet") == 0
     found = json.loads(capsys.readouterr().out)["sites"]
     assert [(s["name"], s["tokens"], s["causal"]) for s in found] == sites
-    assert all(s["decision"] == "exact" and s["patched_ms"] > 0.9 * s["exact_ms"] > 0 for s in found)
+    assert {s["decision"] for s in found} == {"exact"}
+    for site in found:  # a few hundred tokens: blocks have no sixteenth of them to read, clusters take longer
+        small = f"{site['tokens']} tokens: too few for any patch"
+        assert site["reason"] == small if site["causal"] else site["patched_ms"] >= 0.9 * site["exact_ms"] > 0
 
 
 @pytest.mark.slow
