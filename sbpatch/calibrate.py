@@ -215,7 +215,9 @@ def first_decision(
         return of("exact", f"{tokens}: too few for any patch")
     if not limit.pays(layer):
         return set_aside(of("exact", ""), limit, limit.ms(layer))
-    return of("patch", tokens)
+    found = of("patch", tokens)
+    found.exact_ms, found.patched_ms = limit.exact_ms(site.geometry), limit.ms(layer)
+    return found
 
 
 def set_aside(site: SitePlan, costs: CostTable, fastest: float) -> SitePlan:

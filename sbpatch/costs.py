@@ -26,7 +26,7 @@ from .measure import elapsed_ms
 
 REPEATS = 5
 ROWS = 1 << 15  # query rows of all heads in a timed call, at most; 8 samples at most
-CHEAPEST = 16  # share of a row's keys, as a divisor, that the cheapest patch of a site reads
+LEAST = (1 / 16, 1 / 8, 1 / 4, 1 / 2)  # shares of a row's keys that the cheapest patch reads: the first that can be had
 TOO_SLOW = 1.5  # times exact attention: measured once and not again
 PAYS = 0.9  # of exact attention's time: what a patch must take at most, or the noise of timing decides
 
@@ -87,7 +87,8 @@ class CostTable:
     def cheapest(self, site: Geometry) -> Layer | None:
         """About the least that any method does at a site: where this does not pay, nothing will. None: no such small one."""
         method = "blocks" if site.causal else "clusters"
-        size = PARTS[method].sized(max(2.0, site.row_keys / CHEAPEST), site)
+        sizes = (PARTS[method].sized(max(2.0, share * site.row_keys), site) for share in LEAST)
+        size = next((size for size in sizes if size is not None), None)
         return None if size is None else Scatterbrain(method, site, 0, **size).to(self.device)
 
     def _measured(self, work: Callable[[], Tensor], repeats: int) -> float:

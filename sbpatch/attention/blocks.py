@@ -89,7 +89,12 @@ class Blocks(Joined):
             block = max(epoch // PARTS, 2)
             while block < epoch and site.tokens / 2 / block > MEANS * stored:
                 block *= 2
-            size = {"epoch": epoch, "block": block, "first": FIRST, "tile": min(epoch, TILE)}
+            size = {
+                "epoch": epoch,
+                "block": block,
+                "first": FIRST,
+                "tile": max(min(epoch // 2, 2 * TILE), min(epoch, TILE)),
+            }
             fixed = cls(site, 0, blocks=0, **size)
             blocks = int((stored - fixed.nnz - fixed.stored) / max(block - 1, 1))  # one read exactly is one mean less
             if blocks >= 1:

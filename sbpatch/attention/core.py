@@ -144,7 +144,7 @@ def attend(
         return fused.over_points(q, low, scale)
     points = low if isinstance(low, Points) else None
     ready = points is None or points.ready is None or (tiles and tiles[0].reach is not None)
-    if len(tiles) == 1 and tiles[0].shared and points is low and ready and not naive:
+    if len(tiles) == 1 and (tiles[0].shared or low is None) and points is low and ready and not naive:
         return fused.over_tiles(q, k, v, tiles[0], points, scale, key_mask, causal, gain)
     sums = pairwise.split(q, k, v, selection, scale, key_mask, causal, naive)
     return pairwise.merged(*sums, gain).to(v.dtype)

@@ -96,7 +96,7 @@ def over_tiles(
         )  # fmt: skip
         key, value, bias = _lists(
             k, v, n, part, points, count, key_mask, gain
-        )  # (N, 1, L + m, d or e), (N, 1, 1, L + m)
+        )  # (N, 1, L + m, d or e), (N, 1, 1 or g, L + m)
         if causal:
             bias = _without_future(bias, part)
         rows = part.query[..., None, :] + first  # (B, H_k, T, group, g)
@@ -137,13 +137,16 @@ def _lists(
     key_mask: Tensor | None,
     gain: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Of each of N = B H_k T tiles its keys and the first `count` points, their values, and a bias for each of them."""
+    """Of each of N = B H_k T tiles its keys and the first `count` points, and their values: two (N, 1, L + m, d or e).
+
+    And a bias for each, (N, 1, 1 or g, L + m).
+    """
     lead = (*k.shape[:2], tiles.key.shape[-2])
-    keep = tiles.valid[..., 0, :]  # (..., T, L)
+    keep = tiles.valid  # (..., T, 1 or g, L)
     if key_mask is not None:
         same = tiles.key if tiles.key.ndim > 2 else tiles.key.expand(k.shape[0], 1, -1, -1)
-        keep = keep & take(key_mask[:, None, :, None].expand(-1, same.shape[1], -1, -1), same).squeeze(-1)
-    bias = torch.zeros(keep.shape, device=k.device).masked_fill(~keep, -torch.inf).expand(*lead, -1)
+        keep = keep & take(key_mask[:, None, :, None].expand(-1, same.shape[1], -1, -1), same).mT
+    bias = torch.zeros(keep.shape, device=k.device).masked_fill(~keep, -torch.inf).expand(*lead, -1, -1)
     listed = tiles.key
     if points is not None and tiles.whole is not None:
         further = torch.arange(n, n + count, device=k.device)
@@ -151,7 +154,7 @@ def _lists(
     key, value = take(k, listed), take(v, listed)  # (B, H_k, T, L or L + m, d or e)
     if points is not None and count:
         if tiles.whole is None:
-            left, rest = _remainder(points, count, tiles, keep.expand(*lead, -1), value)
+            left, rest = _remainder(points, count, tiles, keep[..., 0, :].expand(*lead, -1), value)
             mean = points.key[:, :, None, :count].expand(*lead, -1, -1)
             key, value = torch.cat((key, mean.to(key.dtype)), 3), torch.cat((value, rest.to(value.dtype)), 3)
         else:
@@ -159,8 +162,8 @@ def _lists(
             left = left * _readable(tiles, count, k.device)
             left = F.pad(left, (0, 1)).scatter(-1, tiles.whole.clamp(max=count), 0)[..., :count]
         weight = left.log() if gain is None else left.log() + gain[:, None, None]
-        bias = torch.cat((bias, weight), 3)
-    return key.flatten(0, 2)[:, None], value.flatten(0, 2)[:, None], bias.flatten(0, 2)[:, None, None]
+        bias = torch.cat((bias, weight[..., None, :]), -1)
+    return key.flatten(0, 2)[:, None], value.flatten(0, 2)[:, None], bias.flatten(0, 2)[:, None]
 
 
 def _readable(tiles: Tiles, count: int, device: torch.device) -> Tensor:
@@ -185,7 +188,7 @@ def _remainder(points: Points, count: int, tiles: Tiles, keep: Tensor, value: Te
 
 
 def _without_future(bias: Tensor, tiles: Tiles) -> Tensor:
-    """The bias (N, 1, 1, L + m) of each tile for each of its queries, (N, 1, g, L + m), minus infinity at later keys."""
+    """The bias (N, 1, 1 or g, L + m) of each tile for each of its queries, (N, 1, g, L + m), minus infinity at later keys."""
     size, listed = tiles.query.shape[-1], tiles.key.shape[-1]
     if tiles.diagonal:
         future = torch.full((size, size), -torch.inf, device=bias.device).triu(1)

@@ -9,7 +9,7 @@ from sbpatch.attention import PARTS, Geometry, Scatterbrain, fused, pairwise
 
 from .helpers import padding
 
-# Supports whose tiles read one list of keys, beside points, alone, and in more than one run of tiles
+# Tiles that read one list of keys, beside points and alone; alone also where each query reads some of it
 SHARED = [
     "strided+clusters",
     "leverage+clusters",
@@ -58,7 +58,7 @@ def test_tiles_that_share_their_keys(
     torch.testing.assert_close(found, general, atol=2e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("method", ["strided", "random"])
+@pytest.mark.parametrize("method", ["strided", "random", "window", "sinks"])
 def test_causal_tiles_that_share_their_keys(method: str) -> None:
     layer = layer_for(method, 150, causal=True)
     q, k, v = torch.randn(3, 2, 4, 150, 8)
