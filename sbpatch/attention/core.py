@@ -1,7 +1,7 @@
-"""Select, then attend: what the parts of a method hand over, and the one function that computes attention from it.
+"""Select, then attend: what the parts of a method hand over to the one function that computes attention.
 
 A method selects: `Tiles` say which keys a run of queries reads exactly; `Points`, `Features` or `Landmarks` stand for the
-others. `attend` does the rest, by the paper's algebra (arXiv 2110.15343, eq. 1 and 2): exp(q.k) on the support, L elsewhere.
+others. attend.py does the rest, by the paper's algebra (arXiv 2110.15343, eq. 1 and 2): exp(q.k) on the support, L elsewhere.
 Where all queries of a tile read the same keys and points, that is plain attention over a short list, and one fused call
 computes many tiles (fused.py). Everything else goes pair by pair (pairwise.py), which is also the reference of the fused form.
 """
@@ -109,42 +109,3 @@ def repeated(x: Tensor, heads: int) -> Tensor:
 def with_heads(x: Tensor, heads: int) -> Tensor:
     """Keys or values with `heads` heads, fewer or more than they have: a model may have repeated grouped ones already."""
     return x[:, :: x.shape[1] // heads] if x.shape[1] > heads else repeated(x, heads)
-
-
-def attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    selection: Selection,
-    scale: float,
-    *,
-    key_mask: Tensor | None = None,
-    causal: bool = False,
-    gain: Tensor | None = None,
-    naive: bool = False,
-) -> Tensor:
-    """Attention of every query over what was selected for it.
-
-    Args:
-        q, k, v: (B, H, n, d), (B, H_k, n, d) and (B, H_k, n, e), H a multiple of H_k; the logits are scale q.k.
-        key_mask: (B, n) bool, True for real keys.
-        causal: no query reads a later key.
-        gain: (H_k,) nats added to the logits of the low-rank part where there is a sparse one.
-        naive: count the low-rank part on the support too, the paper's baseline.
-
-    Returns:
-        (B, H, n, e) in v's dtype; zeros for a query that no real key is left for.
-    """
-    from . import fused, pairwise  # they need the types above
-
-    tiles, low = selection
-    if isinstance(low, Landmarks):
-        return fused.over_landmarks(q, low, v.dtype)
-    if isinstance(low, Points) and not tiles and low.ready is None:
-        return fused.over_points(q, low, scale)
-    points = low if isinstance(low, Points) else None
-    ready = points is None or points.ready is None or (tiles and tiles[0].reach is not None)
-    if len(tiles) == 1 and (tiles[0].shared or low is None) and points is low and ready and not naive:
-        return fused.over_tiles(q, k, v, tiles[0], points, scale, key_mask, causal, gain)
-    sums = pairwise.split(q, k, v, selection, scale, key_mask, causal, naive)
-    return pairwise.merged(*sums, gain).to(v.dtype)

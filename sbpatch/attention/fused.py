@@ -1,4 +1,4 @@
-"""The fast form of `core.attend`: tiles whose queries share one list of keys and points, in fused calls of many tiles.
+"""The fast form of `attend`: tiles whose queries share one list of keys and points, in fused calls of many tiles.
 
     softmax over [keys of the tile | points of the other keys], bias [0 | ln(count left) + gain]
 
@@ -79,7 +79,7 @@ def over_tiles(
     causal: bool,
     gain: Tensor | None,
 ) -> Tensor:
-    """Attention of tiles over their keys and what is left of the points; arguments as `core.attend`."""
+    """Attention of tiles over their keys and what is left of the points; arguments as `attend`."""
     (batch, heads, n, _), (key_heads, width) = q.shape, (k.shape[1], v.shape[-1])
     group, size = heads // key_heads, tiles.query.shape[-1]
     first = n * torch.arange(batch * heads, device=q.device).view(batch, key_heads, 1, group, 1)

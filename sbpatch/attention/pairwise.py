@@ -1,4 +1,4 @@
-"""The general form of `core.attend`: any support, in any number of rounds, with any low-rank part, pair by pair.
+"""The general form of `attend`: any support, in any number of rounds, with any low-rank part, pair by pair.
 
 The sparse part is summed as exp(q.k); what L holds on the support is taken off L's own sums; the two are merged in logarithmic
 scale like two blocks of a streaming softmax. Sums that are subtracted from are in float64 where L is a feature map, whose

@@ -2,7 +2,7 @@
 
 A method is a sparse part, a low-rank part, or both joined by '+': `window`, `clusters`, `lsh+favor`. A part is one class
 in one file, registered under its name. A part selects: it says which keys the queries of a tile read exactly, or what stands
-for the other keys; `core.attend` computes the attention of any two of them by the paper's algebra. `naive:lsh+favor` adds the
+for the other keys; `attend` computes the attention of any two of them by the paper's algebra. `naive:lsh+favor` adds the
 two without taking L off the support, the paper's baseline. A method whose two halves depend on each other is registered as
 joined, one that is no such sum as whole; both stand alone. docs/adding-a-method.md shows all it takes to add one.
 """

@@ -2,7 +2,7 @@
 
     A' = L + S,  S_ij = exp(q_i.k_j) - L_ij on the support, 0 elsewhere;  output = A'V / A'1
 
-so that A' is exact on the support and L elsewhere. The parts select, `core.attend` computes. L may carry a factor exp(gain) a
+so that A' is exact on the support and L elsewhere. The parts select, `attend` computes. L may carry a factor exp(gain) a
 head, which calibration learns: points, for one, always weigh less than their keys (Jensen).
 """
 
@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from ..errors import SbpatchError
 from . import pairwise
-from .core import Selection, attend, with_heads
+from .attend import attend
+from .core import Selection, with_heads
 from .registry import NAIVE, PARTS, Geometry, Joined, LowRank, Part, Sparse, Whole, parse_method
 
 
