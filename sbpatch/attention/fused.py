@@ -101,13 +101,24 @@ def over_tiles(
             bias = _without_future(bias, part)
         rows = part.query[..., None, :] + first  # (B, H_k, T, group, g)
         query = flat.index_select(0, rows.reshape(-1)).view(-1, group, size, flat.shape[-1])
-        found = F.scaled_dot_product_attention(
-            query, key.expand(-1, group, -1, -1), value.expand(-1, group, -1, -1),
-            attn_mask=bias.to(q.dtype).expand(-1, group, size, -1), scale=scale,
-        )  # fmt: skip
+        found = _call(query, key, value, bias.to(q.dtype), scale)
         place = torch.where(used[..., run, :][..., None, :], rows, out.shape[0] - 1)
         out.index_copy_(0, place.reshape(-1), found.reshape(-1, width))
     return out[:-1].view(batch, heads, n, width)
+
+
+def _call(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scale: float) -> Tensor:
+    """One fused call: query (N, group, g, d), key and value (N, 1, L, d or e), bias (N, 1, 1 or g, L) -> (N, group, g, e).
+
+    A row whose every key is hidden gives zeros. In exported files, whose softmax makes NaN of it, that is written out.
+    """
+    (group, size), hidden = query.shape[1:3], torch.finfo(bias.dtype).min
+    exported = torch.compiler.is_exporting()
+    found = F.scaled_dot_product_attention(
+        query, key.expand(-1, group, -1, -1), value.expand(-1, group, -1, -1),
+        attn_mask=(bias.clamp(min=hidden) if exported else bias).expand(-1, group, size, -1), scale=scale,
+    )  # fmt: skip
+    return found * (bias.amax(-1, keepdim=True) > hidden) if exported else found
 
 
 def _runs(tiles: Tiles, points: Points | None, heads: int) -> Iterator[tuple[slice, int, int]]:
