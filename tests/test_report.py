@@ -161,12 +161,14 @@ def test_bytes(count, said):
 def test_model_card_holds_the_plan():
     plan = long_plan()
     plan.base_sha256 = "c0ffee" * 8
+    plan.sites[0].exact_ms, plan.sites[0].patched_ms = 12.5, 3.125
     card = report.model_card(plan)
     rows = {line.split("`")[1]: line for line in card.splitlines() if line.startswith("| `")}
     assert list(rows) == [site.name for site in plan.sites]
     for site in plan.sites:
         cells = [cell.strip() for cell in rows[site.name].split("|")[1:-1]]
-        assert len(cells) == 12
+        assert len(cells) == 14
+        assert ("12.5" in cells[11:13]) == ("3.12" in cells[11:13]) == (site is plan.sites[0])
         assert cells[1:3] == [str(site.tokens), str(site.heads)]
         assert cells[3] == f"{site.entropy_ratio:.3f}"
         assert cells[4] == site.decision
