@@ -15,12 +15,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from . import __version__
 from .attention import PARTS, Geometry, Scatterbrain
-from .attention.per_head import Layer
+from .attention.per_head import Exact, Layer
 from .errors import SbpatchError
 from .measure import elapsed_ms
 
@@ -59,8 +58,9 @@ class CostTable:
         """Exact attention of one sample, all heads."""
         key = self._key("exact", site)
         if key not in self.rows:
+            exact = Exact(site)
             q, k, v = _inputs(site, self.device, self.dtype)
-            self.rows[key] = self._measured(lambda: _exact(site, q, k, v), REPEATS) / len(q)
+            self.rows[key] = self._measured(lambda: exact(q, k, v), REPEATS) / len(q)
             self._write()
         return self.rows[key]
 
@@ -142,7 +142,3 @@ def _inputs(site: Geometry, device: torch.device, dtype: torch.dtype) -> tuple[T
     q = torch.randn(batch, site.heads, site.tokens, site.head_dim, generator=generator)
     k, v = (torch.randn(member.shape, generator=generator) + clump.gather(2, member) for _ in range(2))
     return q.to(device, dtype), k.to(device, dtype), v.to(device, dtype)
-
-
-def _exact(site: Geometry, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return F.scaled_dot_product_attention(q, k, v, is_causal=site.causal, enable_gqa=site.group > 1)

@@ -69,7 +69,7 @@ class Blocks(Joined):
         past, kept = low // block, low.clamp(max=first)
         exact = past.clamp(max=blocks) * block
         self.nnz = float((row + 1 - low + kept + exact).float().mean())
-        self.rank = n // epoch * (epoch // block)
+        self.rank = self.rank_of(n)
         self.stored = float((past - past.clamp(max=blocks)).float().mean()) + 1.0
 
     @classmethod
@@ -162,7 +162,7 @@ class Blocks(Joined):
     # -- what is read ------------------------------------------------------------------------------------------------
 
     def _order(self, n: int) -> tuple[list[int], tuple[tuple[int, int], ...]]:
-        """Tiles by how much they read, and of each how many keys (in the order of `_keys`) and points."""
+        """Tiles by how much they read, and of each how many keys (in the order of `_tiles`) and points."""
         past = {}
         for t in range(-(-n // self.tile)):
             begun = t * self.tile // self.epoch * (self.epoch // self.block)
@@ -197,8 +197,7 @@ class Blocks(Joined):
         place = torch.arange(n, device=device)
         return Tiles(
             own.clamp(max=n - 1), key, torch.cat([x.expand(*lead, -1, -1) for x in valid], dim=-1)[..., None, :],
-            slot[place // tile] * tile + place % tile, diagonal=True, reach=reach,
-            whole=best,
+            slot[place // tile] * tile + place % tile, diagonal=True, reach=reach, whole=best,
         )  # fmt: skip
 
     def select(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, scale: float) -> Selection:
