@@ -64,7 +64,7 @@ def layers(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, PatchedSite
     for site in find_sites(model, inputs):
         assert site.unsupported is None
         method = "blocks" if site.geometry.causal else "window+clusters"
-        sizes = {"epoch": 16, "block": 4, "blocks": 2, "tile": 8} if site.geometry.causal else {"window": 5, "rank": 6}
+        sizes = {"near": 8, "block": 4, "blocks": 2, "tile": 8} if site.geometry.causal else {"window": 5, "rank": 6}
         found[site.name] = PatchedSite(site.name, Scatterbrain(method, site.geometry, 0, **sizes))
     return found
 

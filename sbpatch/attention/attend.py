@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from . import fused, pairwise
-from .core import Landmarks, Points, Selection
+from .core import Expansion, Landmarks, Points, Selection
 
 
 def attend(
@@ -35,11 +35,12 @@ def attend(
     tiles, low = selection
     if isinstance(low, Landmarks):
         return fused.over_landmarks(q, low, v.dtype)
-    if isinstance(low, Points) and not tiles and low.ready is None:
-        return fused.over_points(q, low, scale)
-    points = low if isinstance(low, Points) else None
-    ready = points is None or points.ready is None or (tiles and tiles[0].reach is not None)
-    if len(tiles) == 1 and (tiles[0].shared or low is None) and points is low and ready and not naive:
+    points = low if isinstance(low, Points | Expansion) else None
+    if isinstance(points, Points) and points.ready is not None:  # which points a row may read differs within a tile
+        points = None
+    if isinstance(points, Points) and not tiles:
+        return fused.over_points(q, points, scale)
+    if len(tiles) == 1 and points is low and (tiles[0].shared or low is None) and not naive:
         return fused.over_tiles(q, k, v, tiles[0], points, scale, key_mask, causal, gain)
     sums = pairwise.split(q, k, v, selection, scale, key_mask, causal, naive)
     return pairwise.merged(*sums, gain).to(v.dtype)

@@ -1,12 +1,12 @@
-"""Blocks of the past by content, for causal sites: the best ones read exactly, the others as their means.
+"""Blocks of the past, for causal sites: the best ones read exactly, each of the others as one point.
 
-    |  epoch 0  |  epoch 1  |  epoch 2  |     the sequence in epochs of `epoch` tokens
-    | ▒▒ ░░ ▓▓  | ▒▒ ░░ ▓▓  |  ■■■■■■q  |     ▒ ░ ▓ blocks: keys of a past epoch that lie close together, wherever they stand
-      exact ─┘    └ as means   exact: its own epoch, as far as it has come, and the first tokens
+    |░░░░|░░░░|▓▓▓▓|░░░░|▓▓▓▓|░░░░|────────|■■■■■■■■|     the sequence as one tile of queries (■) reads it
+     └first       └ exact      └ as points  └ near  └ tile
 
-A tile of queries ranks the blocks of past epochs by mean query . mean key, as Quest (arXiv 2406.10774) ranks pages, and reads
-the `blocks` best exactly. Position finds no single thing far back (a name, an open bracket); content does. Query heads that
-share keys share a tile. Nothing is looked up pair by pair, so this causal method is faster than exact attention.
+A tile ranks the blocks before its near keys by mean query . mean key, as Quest (arXiv 2406.10774) ranks pages, and reads the
+`blocks` best exactly. A point is not the mean of its block: it is weighed by what the tile's mean query finds in the block
+(expansion.py), so that a single key that stands out is not lost among its neighbours, and blocks need no sorting by content.
+Query heads that share keys share a tile. Nothing is looked up pair by pair, and nothing is moved: a block is a stretch of keys.
 """
 
 from __future__ import annotations
@@ -18,59 +18,55 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import SbpatchError
-from . import kmeans
-from .core import Points, Selection, Tiles, repeated, take
+from .core import Expansion, Selection, Tiles, repeated
 from .registry import Geometry, Joined, register
-from .tree import centred, principal_axes, split_evenly
 
-NEAR = (0.5, 0.25, 0.75)  # shares of what is stored that go to a query's own epoch, the best guess first
-MEANS = 0.4  # share that goes to means, at most, where blocks can be made that large
-SHORTEST, PARTS = 16, 16  # tokens of an epoch, and blocks that it has where the means fit
-FIRST, TILE = 4, 64
-AXES = 4  # principal axes that an epoch is split on; with 8 or 16 the errors are the same
+FIRST = 4
+SHORTEST = 8  # tokens of a tile
+NEAR = (0.67, 0.34, 1.0)  # shares of the keys read exactly outside the tile that are near it, the best guess first
+
+
+def _best_tile(site: Geometry) -> int:
+    """The power of two next to the least of tile / 2 + n / 2 tile + n / (2 tile group): own keys, points, their weighing."""
+    return 2 ** round(math.log2(site.tokens * (1 + 1 / site.group)) / 2)
 
 
 @register("blocks")
 class Blocks(Joined):
-    """Tiles of `tile` queries read the first `first` tokens, their own epoch, `blocks` blocks of `block` keys, and means.
+    """Tiles of `tile` queries read `first` tokens, the `near` keys before them, `blocks` blocks of `block` keys, and points.
 
-    Blocks are the leaves of a balanced tree over the keys of an epoch, on the principal axes of the first epoch's keys, so
-    that no block depends on a later epoch. Within a tile, later queries take part in choosing the blocks of earlier ones.
+    Within a tile, later queries take part in choosing and weighing the blocks for earlier ones.
 
-    Multiply-adds a query and head: (d + e) (epoch / 2 + first + blocks block + m), m the means that are over, n / 2 block on
-    average. Besides, n (AXES d) for the coordinates, n log2(epoch / block) comparisons, n (d + e) additions for the means.
+    Multiply-adds a query and head: (d + e) (tile + near + first + blocks block + m), m the points, n / 2 block on average.
+    Besides, for the points (2 d + e) n / 2 tile of each head of keys.
     """
 
     grouped = True
-    learned = ("sharpness",)
-
-    sharpness: Tensor  # of each key head a factor of q.mean: means lie nearer to the origin than their keys
 
     def __init__(
-        self, site: Geometry, seed: int, epoch: int, block: int, blocks: int, first: int = FIRST, tile: int = TILE
+        self, site: Geometry, seed: int, near: int, block: int, blocks: int, first: int = FIRST, tile: int = 64
     ) -> None:
         super().__init__()
         if not site.causal:
             raise SbpatchError("blocks look back in a causal sequence; use clusters or top-clusters here")
-        if min(epoch, block, tile) < 1 or min(blocks, first) < 0:
+        if min(block, tile) < 1 or min(near, blocks, first) < 0:
             raise SbpatchError(
-                f"blocks need an epoch, block and tile of at least 1, not {epoch}, {block} and {tile}, and at least 0 blocks "
-                f"and first tokens, not {blocks} and {first}"
+                f"blocks need a block and tile of at least 1 token, not {block} and {tile}, and at least 0 near keys, "
+                f"blocks and first tokens, not {near}, {blocks} and {first}"
             )
-        if epoch % tile or epoch % block or (epoch // block) & (epoch // block - 1):
-            raise SbpatchError(
-                f"an epoch of {epoch} tokens is not a number of tiles of {tile} and a power of two of blocks of {block}"
-            )
-        self.epoch, self.block, self.blocks, self.first, self.tile = epoch, block, blocks, first, tile
-        self.register_buffer("sharpness", torch.ones(site.heads // site.group), persistent=False)
-        n = site.tokens
-        row = torch.arange(n)
-        low = row // epoch * epoch  # where the row's epoch begins
-        past, kept = low // block, low.clamp(max=first)
-        exact = past.clamp(max=blocks) * block
-        self.nnz = float((row + 1 - low + kept + exact).float().mean())
-        self.rank = self.rank_of(n)
-        self.stored = float((past - past.clamp(max=blocks)).float().mean()) + 1.0
+        if tile % block or near % block:
+            raise SbpatchError(f"a tile of {tile} and {near} near keys are not whole numbers of blocks of {block}")
+        self.before, self.block, self.blocks, self.first, self.tile = near, block, blocks, first, tile
+        self.group = site.group
+        row = torch.arange(site.tokens)
+        start = row // tile * tile
+        low = (start - near).clamp(min=0)  # where the keys near the row's tile begin
+        past = low // block
+        exact = past.clamp(max=blocks)
+        self.nnz = float((row + 1 - low + low.clamp(max=first) + exact * block).float().mean())
+        self.rank = max(self._past(site.tokens))
+        weighed = low / (tile * site.group)  # logits of the tile's mean query, shared out among its rows
+        self.stored = float((past - exact + weighed).mean()) + 1.0
 
     @classmethod
     def sized(cls, stored: float, site: Geometry) -> dict[str, int] | None:
@@ -81,169 +77,118 @@ class Blocks(Joined):
     def variants(cls, stored: float, site: Geometry) -> list[dict[str, int]]:
         if not site.causal:
             return []
-        found: dict[tuple[int, ...], dict[str, int]] = {}
-        for share in NEAR:
-            epoch = 2 ** round(math.log2(max(2 * share * stored, SHORTEST)))
-            if epoch >= site.tokens:
-                continue
-            block = max(epoch // PARTS, 2)
-            while block < epoch and site.tokens / 2 / block > MEANS * stored:
-                block *= 2
-            size = {
-                "epoch": epoch,
-                "block": block,
-                "first": FIRST,
-                "tile": max(min(epoch // 2, 2 * TILE), min(epoch, TILE)),
-            }
-            fixed = cls(site, 0, blocks=0, **size)
-            blocks = int((stored - fixed.nnz - fixed.stored) / max(block - 1, 1))  # one read exactly is one mean less
-            if blocks >= 1:
-                found.setdefault((epoch, block), size | {"blocks": blocks})
-        return list(found.values())
+        found: list[dict[str, int]] = []
+        tile = _best_tile(site)
+        while not found and tile >= SHORTEST:
+            for block, shares in ((tile, NEAR), (tile // 2, NEAR[:1])):
+                size = {"block": block, "first": FIRST, "tile": tile}
+                fixed = cls(site, 0, near=0, blocks=0, **size)
+                whole = int((stored - fixed.nnz - fixed.stored) / (block - 1))  # one read exactly is one point less
+                near = sorted(
+                    {round(share * whole) for share in shares if whole > 0}, key=lambda x: abs(x - NEAR[0] * whole)
+                )
+                found += [size | {"near": x * block, "blocks": whole - x} for x in near]
+            tile //= 2
+        return sorted(found, key=lambda size: -size["near"] - size["blocks"] * size["block"])  # most keys read exactly
 
     @classmethod
     def tried(cls, site: Geometry, entropy_ratio: float) -> str | None:
         return "blocks" if site.causal else None
 
-    # -- blocks ------------------------------------------------------------------------------------------------------
-
-    def _members(self, k: Tensor, key_mask: Tensor | None) -> Tensor:
-        """The keys of each block of the complete epochs, (B, H, m, block)."""
-        (batch, heads, n, width), size = k.shape, self.epoch
-        epochs = n // size
-        real = None
-        if key_mask is not None:
-            real = key_mask[:, : epochs * size].view(batch, epochs, size, 1)
-        start = centred(k[:, :, :size], k.new_ones(1, 1, size, 1).bool() if real is None else real[:, None, 0])
-        axes = principal_axes(start, min(AXES, width))
-        point = k[:, :, : epochs * size].detach().float() @ axes  # the mean of a node is taken off where it is split
-        point = point.view(batch, heads * epochs, size, -1)
-        if real is not None:
-            real = real[:, None].expand(-1, heads, -1, -1, -1).flatten(1, 2)
-            point = point * real
-        index = split_evenly(point, self.block, real).view(batch, heads, epochs, -1, self.block)
-        return (index + size * torch.arange(epochs, device=k.device).view(-1, 1, 1)).flatten(2, 3)
-
-    def _points(self, k: Tensor, v: Tensor, members: Tensor, key_mask: Tensor | None) -> Points:
-        batch, heads, n, _ = k.shape
-        count = members.shape[2]
-        block = torch.arange(count, device=k.device).view(-1, 1).expand_as(members)
-        own = members.new_full((batch, heads, n), count).scatter(-1, members.flatten(2), block.flatten(2))
-        own = torch.where(torch.arange(n, device=k.device) < self.first, count, own)  # first tokens are of no block
-        keep = k.new_ones(batch, 1, n, dtype=torch.float32) if key_mask is None else key_mask[:, None].float()
-        counts = kmeans.counts(own, count + 1, keep)
-        mean, value = (
-            kmeans.sums(x.float(), own, count + 1, None if key_mask is None else keep) / counts.clamp(min=1)
-            for x in (k, v)
-        )
-        mean, value, counts = (x[:, :, :count] for x in (mean, value, counts))
-        return Points(mean, value, counts[..., 0], own, self._ready(count, k.device))
-
-    def _ready(self, count: int, device: torch.device) -> Tensor:
-        """The first query that may read each block, (m,): the first one of the next epoch."""
-        return self.epoch * (1 + torch.arange(count, device=device) // (self.epoch // self.block))
-
-    def _best(self, q: Tensor, points: Points) -> Tensor:
-        """The best blocks of past epochs for each tile, best first, (B, H, T, blocks); m where there are too few."""
-        (batch, _, n, width), key_heads = q.shape, points.key.shape[1]
-        tiles = -(-n // self.tile)
-        rows = q.detach().float()
-        if n % self.tile:
-            rows = F.pad(rows, (0, 0, 0, tiles * self.tile - n))
-        rows = rows.reshape(-1, self.tile, width).sum(1)  # the direction of their mean is all that counts
-        mean = rows.view(batch, key_heads, -1, tiles, width).sum(2)
-        score = mean @ points.key.detach().mT
-        start = self.tile * torch.arange(tiles, device=q.device)
-        hidden = (start[:, None] < self._ready(score.shape[-1], q.device)) | (points.counts[:, :, None] == 0)
-        score = score.masked_fill(hidden, -torch.inf)
-        best, index = score.topk(min(self.blocks, score.shape[-1]), dim=-1)
-        return index.masked_fill(best == -torch.inf, score.shape[-1])
+    def _past(self, n: int) -> tuple[int, ...]:
+        """How many blocks lie before the near keys of each tile."""
+        return tuple(max(start - self.before, 0) // self.block for start in range(0, n, self.tile))
 
     # -- what is read ------------------------------------------------------------------------------------------------
 
-    def _order(self, n: int) -> tuple[list[int], tuple[tuple[int, int], ...]]:
-        """Tiles by how much they read, and of each how many keys (in the order of `_tiles`) and points."""
-        past = {}
-        for t in range(-(-n // self.tile)):
-            begun = t * self.tile // self.epoch * (self.epoch // self.block)
-            own = t * self.tile % self.epoch
-            fixed = self.tile + min(self.blocks, self.rank_of(n)) * self.block + self.first
-            past[t] = (fixed + own, begun)
-        order = sorted(past, key=lambda t: past[t])
-        return order, tuple(past[t] for t in order)
+    def _about(self, q: Tensor, key_heads: int, key_mask: Tensor | None) -> Tensor:
+        """The mean query of each tile, over the heads that share keys, (B, H_k, T, d)."""
+        n, split = q.shape[2], (-1, self.tile)
+        if key_mask is not None:
+            q = q * key_mask[:, None, :, None]
+        over = -n % self.tile
+        real = (q.new_ones(1, n) if key_mask is None else key_mask).float()
+        summed = F.pad(q, (0, 0, 0, over)).unflatten(2, split).float().sum(3).unflatten(1, (key_heads, -1)).sum(2)
+        count = F.pad(real, (0, over)).unflatten(1, split).sum(2)[:, None, :, None] * (q.shape[1] // key_heads)
+        return summed / count.clamp(min=1)
 
-    def rank_of(self, n: int) -> int:
-        """Blocks of the complete epochs of n tokens."""
-        return n // self.epoch * (self.epoch // self.block)
+    def _expansion(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, scale: float) -> Expansion:
+        n = k.shape[2]
+        past = self._past(n)
+        shape = (past[-1], self.block)
+        used = past[-1] * self.block  # the latest keys are near, or in the tile itself
+        key, value = (x[:, :, :used].unflatten(2, shape) for x in (k, v))
+        valid = torch.arange(used, device=k.device).view(1, 1, *shape) >= self.first
+        if key_mask is not None:
+            valid = valid & key_mask[:, None, :used].unflatten(2, shape)
+        about = self._about(q, k.shape[1], key_mask) * scale
+        return Expansion(key, value, valid, about, self._best(about, key, valid, past), past)
 
-    def _tiles(self, members: Tensor, best: Tensor, n: int) -> Tiles:
-        """Lists of keys: the tile itself, blocks, first tokens, and the epoch before the tile."""
-        device, tile, epoch = members.device, self.tile, self.epoch
-        order, reach = self._order(n)
-        start = tile * torch.tensor(order, device=device)[:, None]  # (T, 1)
+    def _best(self, about: Tensor, key: Tensor, valid: Tensor, past: tuple[int, ...]) -> Tensor:
+        """The best blocks of those before each tile's near keys, best first, (B, H, T, blocks); m where there are too few."""
+        share = valid / valid.sum(-1, keepdim=True).clamp(min=1)
+        mean = (share[..., None, :].to(key.dtype) @ key.detach()).squeeze(3).float()  # (B, H, m, d)
+        score = about.detach() @ mean.mT
+        late = torch.arange(score.shape[-1], device=key.device) >= torch.tensor(past, device=key.device)[:, None]
+        score = score.masked_fill(late | ~valid.any(-1)[:, :, None], -torch.inf)
+        best, index = score.topk(min(self.blocks, score.shape[-1]), dim=-1)
+        return index.masked_fill(best == -torch.inf, score.shape[-1])
+
+    def _tiles(self, best: Tensor, count: int, n: int) -> Tiles:
+        """Lists of keys: the tile itself, near keys, first tokens, and the blocks `best`, of `count`."""
+        device, tile = best.device, self.tile
+        start = tile * torch.arange(-(-n // tile), device=device)[:, None]  # (T, 1)
         own = start + torch.arange(tile, device=device)
-        low = start // epoch * epoch
-        first = torch.arange(min(self.first, n), device=device).expand(len(order), -1)
-        before = low + torch.arange(epoch - tile, device=device)
-        lead = members.shape[:2]
-        best = best[:, :, torch.tensor(order, device=device)]  # (B, H, T, blocks)
-        chosen = take(F.pad(members, (0, 0, 0, 1)), best).flatten(-2)  # (B, H, T, blocks block)
-        taken = (best < members.shape[2]).repeat_interleave(self.block, -1)
-        taken = taken & (chosen >= first.shape[-1])  # a first token counts once
-        listed = [own, chosen, first, before]
-        valid = [own < n, taken, first < low, before < start]
-        key = torch.cat([x.expand(*lead, -1, -1) for x in listed], dim=-1).clamp(max=n - 1)
-        slot = torch.empty_like(start[:, 0]).scatter(0, start[:, 0] // tile, torch.arange(len(order), device=device))
+        near = start + torch.arange(-min(self.before, n), 0, device=device)
+        first = torch.arange(min(self.first, n), device=device).expand(len(start), -1)
+        chosen = (best[..., None] * self.block + torch.arange(self.block, device=device)).flatten(-2)  # (B, H, T, p c)
+        taken = (best < count).repeat_interleave(self.block, -1) & (
+            chosen >= first.shape[-1]
+        )  # a first token counts once
+        listed = [own, near, first, chosen]
+        valid = [own < n, near >= 0, first < start - self.before, taken]
+        lead = best.shape[:2]
+        key, keep = (torch.cat([x.expand(*lead, -1, -1) for x in every], dim=-1) for every in (listed, valid))
         place = torch.arange(n, device=device)
-        return Tiles(
-            own.clamp(max=n - 1), key, torch.cat([x.expand(*lead, -1, -1) for x in valid], dim=-1)[..., None, :],
-            slot[place // tile] * tile + place % tile, diagonal=True, reach=reach, whole=best,
-        )  # fmt: skip
+        return Tiles(own.clamp(max=n - 1), key.clamp(0, n - 1), keep[..., None, :], place, diagonal=True)
 
     def select(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, scale: float) -> Selection:
-        n = k.shape[2]
-        if n <= self.epoch:  # nothing is past: the own epoch is all there is
-            members = torch.zeros(*k.shape[:2], 0, self.block, dtype=torch.long, device=k.device)
-            best = torch.zeros(*k.shape[:2], -(-n // self.tile), 0, dtype=torch.long, device=k.device)
-            return Selection([self._tiles(members, best, n)], None)
-        members = self._members(k, key_mask)
-        points = self._points(k, v, members, key_mask)
-        tiles = self._tiles(members, self._best(q, points), n)
-        return Selection([tiles], points._replace(key=points.key * self.sharpness.to(points.key.dtype)[:, None, None]))
+        low = self._expansion(q, k, v, key_mask, scale)
+        return Selection([self._tiles(low.exact, low.key.shape[2], k.shape[2])], low if low.past[-1] else None)
 
     # -- the definition ----------------------------------------------------------------------------------------------
 
     def pairs(self, q: Tensor, k: Tensor, key_mask: Tensor | None) -> Tensor:
-        """Row by row: the first tokens, the own epoch, and the blocks that the row's tile ranks best."""
-        n, step = q.shape[-2], k.shape[1] // len(self.sharpness)
+        """Row by row: the first tokens, the near keys, and the blocks that the row's tile ranks best."""
+        n = q.shape[-2]
+        one = k[:, :: self.group]
         out = torch.zeros(*q.shape[:2], n, n, dtype=torch.bool, device=q.device)
-        one = k[:, ::step]
-        if n > self.epoch:
-            members = self._members(one, key_mask)
-            best = self._best(q, self._points(one, one, members, key_mask))
+        low = self._expansion(q, one, one, key_mask, 1.0)
+        best = repeated(low.exact, q.shape[1])
         for i in range(n):
-            low = i // self.epoch * self.epoch
             out[..., i, : self.first] = True
-            out[..., i, low : i + 1] = True
-            for b in range(q.shape[0]):
-                for h in range(q.shape[1] if low else 0):
-                    shared = h * one.shape[1] // q.shape[1]
-                    for block in best[b, shared, i // self.tile].tolist():
-                        out[b, h, i, members[b, shared, block] if block < members.shape[2] else []] = True
+            out[..., i, max(i // self.tile * self.tile - self.before, 0) : i + 1] = True
+            for b, h in torch.cartesian_prod(torch.arange(q.shape[0]), torch.arange(q.shape[1])).tolist():
+                for block in best[b, h, i // self.tile].tolist():
+                    if block < low.key.shape[2]:
+                        out[b, h, i, block * self.block : (block + 1) * self.block] = True
         return out.tril()
 
     def dense(self, q: Tensor, k: Tensor, key_mask: Tensor | None) -> Tensor:
-        n, step = q.shape[-2], k.shape[1] // len(self.sharpness)
+        """L_ij = p_j exp(q_i.k' + H(p)) for the keys j of a block, p = softmax over the block of q'.k_j (see expansion.py)."""
+        n = q.shape[-2]
         out = torch.zeros(*q.shape[:2], n, n, dtype=torch.float64, device=q.device)
-        one = k[:, ::step]
-        if n <= self.epoch:
-            return out
-        points = self._points(one, one, self._members(one, key_mask), key_mask)
-        mean = repeated(points.key.double() * self.sharpness.double()[:, None, None], q.shape[1])
-        mean = F.pad(mean, (0, 0, 0, 1))
-        own = repeated(points.own, q.shape[1])
-        place = torch.arange(n, device=q.device)
-        over = place[:, None] // self.epoch > place // self.epoch  # (n, n) the key's epoch is past
-        logits = q.double() @ mean.mT  # (B, H, n, m + 1)
-        entries = logits.exp().gather(-1, own[..., None, :].expand_as(out))
-        return entries.masked_fill(~over, 0)
+        one = k[:, :: self.group]
+        low = self._expansion(q, one, one, key_mask, 1.0)
+        about, key = repeated(low.about, q.shape[1]).double(), k.double()
+        for t, count in enumerate(low.past):
+            rows = slice(t * self.tile, (t + 1) * self.tile)
+            for m in range(count):
+                keys = slice(m * self.block, (m + 1) * self.block)
+                hidden = ~low.valid[:, :, m]  # (1 or B, 1, c)
+                logits = (key[:, :, keys] @ about[:, :, t, :, None]).squeeze(-1).masked_fill(hidden, -torch.inf)
+                p = logits.softmax(-1).nan_to_num(0.0)  # (B, H, c)
+                point = (p[..., None] * key[:, :, keys]).sum(2, keepdim=True)
+                weight = (q[:, :, rows].double() @ point.mT) + torch.special.entr(p).sum(-1)[..., None, None]
+                out[:, :, rows, keys] = weight.exp() * p[:, :, None]
+        return out

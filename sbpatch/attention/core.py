@@ -1,9 +1,9 @@
 """Select, then attend: what the parts of a method hand over to the one function that computes attention.
 
-A method selects: `Tiles` say which keys a run of queries reads exactly; `Points`, `Features` or `Landmarks` stand for the
-others. attend.py does the rest, by the paper's algebra (arXiv 2110.15343, eq. 1 and 2): exp(q.k) on the support, L elsewhere.
-Where all queries of a tile read the same keys and points, that is plain attention over a short list, and one fused call
-computes many tiles (fused.py). Everything else goes pair by pair (pairwise.py), which is also the reference of the fused form.
+A method selects: `Tiles` say which keys a run of queries reads exactly; `Points`, an `Expansion`, `Features` or `Landmarks`
+stand for the others. attend.py does the rest, by the paper's algebra (arXiv 2110.15343, eq. 1 and 2): exp(q.k) on the support,
+L elsewhere. Where all queries of a tile read the same keys and points, that is plain attention over a short list, and one fused
+call computes many tiles (fused.py). Everything else goes pair by pair (pairwise.py), also the reference of the fused form.
 """
 
 from __future__ import annotations
@@ -25,12 +25,6 @@ class Tiles(NamedTuple):
     valid: Tensor  # (..., T, g or 1, L) bool: pairs covered here and in no earlier round; 1: the same for all queries of a tile
     slot: Tensor  # (..., n) int64: where in the flattened (T g) the result for each query lies
     diagonal: bool = False  # causal: the first g keys are the tile's own tokens in order, all others lie before them
-    reach: tuple[tuple[int, int], ...] | None = (
-        None  # how many keys and points each tile reads, the first ones; None: all
-    )
-    whole: Tensor | None = (
-        None  # (..., T, p) int64: points all of whose keys the tile reads; of the others it reads none
-    )
 
     @property
     def shared(self) -> bool:
@@ -46,6 +40,17 @@ class Points(NamedTuple):
     counts: Tensor  # (B, H, m) keys that it stands for
     own: Tensor  # (B, H, n) int64: the point of each key; m: of none
     ready: Tensor | None = None  # (m,) int64, causal: the first query that may read it, after the last of its keys
+
+
+class Expansion(NamedTuple):
+    """m blocks of c keys, each a point of its own for each of T tiles (see expansion.py). H may be key heads."""
+
+    key: Tensor  # (B, H, m, c, d)
+    value: Tensor  # (B, H, m, c, e)
+    valid: Tensor  # (1 or B, 1, m, c) bool: keys that a point stands for
+    about: Tensor  # (B, H, T, d): scale times the mean query of each tile
+    exact: Tensor  # (B, H, T, p) int64: blocks that the tile reads key by key, and not as points; m: none
+    past: tuple[int, ...]  # how many blocks each tile may read, the first ones; never fewer than the tile before
 
 
 class Features(NamedTuple):
@@ -76,7 +81,7 @@ class Factors(NamedTuple):
     right: Tensor  # (B, H, n, m); zero at padding
 
 
-LowRankData = Points | Features | Factors | Landmarks
+LowRankData = Points | Expansion | Features | Factors | Landmarks
 
 
 class Selection(NamedTuple):

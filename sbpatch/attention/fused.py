@@ -1,6 +1,6 @@
 """The fast form of `attend`: tiles whose queries share one list of keys and points, in fused calls of many tiles.
 
-    softmax over [keys of the tile | points of the other keys], bias [0 | ln(count left) + gain]
+    softmax over [keys of the tile | points of the other keys], bias [0 | ln(keys left) or entropy, + gain]
 
 is A' normalised: exact on the support, L elsewhere. A key that a tile reads leaves its point's count and value sum once a tile.
 Multiply-adds: n (L + m) (d + e) in the call. Tiles go in runs that together read `ROWS` keys and points, so that what is
@@ -15,10 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .core import Landmarks, Points, Tiles, take
+from . import expansion
+from .core import Expansion, Landmarks, Points, Tiles, repeated, take
 from .kmeans import added, runs
 
-ROWS = 1 << 13  # keys and points that the tiles of one call read together, of one sample
+ROWS = 1 << 12  # keys and points that the tiles of one call read together, of one sample
 UNEVEN = 1.25  # lists of one call are padded to the longest, which is at most so many times the shortest
 LOW, HIGH = 0.97, 4.0  # Nystrom row sum over cluster row sum, outside of which the clusters are believed
 
@@ -73,7 +74,7 @@ def over_tiles(
     k: Tensor,
     v: Tensor,
     tiles: Tiles,
-    points: Points | None,
+    low: Points | Expansion | None,
     scale: float,
     key_mask: Tensor | None,
     causal: bool,
@@ -82,29 +83,46 @@ def over_tiles(
     """Attention of tiles over their keys and what is left of the points; arguments as `attend`."""
     (batch, heads, n, _), (key_heads, width) = q.shape, (k.shape[1], v.shape[-1])
     group, size = heads // key_heads, tiles.query.shape[-1]
-    first = n * torch.arange(batch * heads, device=q.device).view(batch, key_heads, 1, group, 1)
-    flat = q.reshape(-1, q.shape[-1])
     used = tiles.slot.new_zeros(*tiles.slot.shape[:-1], tiles.query.shape[-2] * size, dtype=torch.bool)
     used = used.scatter(-1, tiles.slot, True).unflatten(-1, (-1, size))  # (..., T, g), False at a padding slot
-    out = v.new_empty(batch * heads * n + 1, width)  # the last row is for padding slots
-    if points is not None and tiles.whole is not None:  # points are further keys
-        k, v = torch.cat((k, points.key.to(k.dtype)), 2), torch.cat((v, points.value.to(v.dtype)), 2)
-    for run, keys, count in _runs(tiles, points, key_heads):
+    place = tiles.query.masked_fill(~used, n)
+    out = v.new_empty(batch, n + 1, heads, width).transpose(
+        1, 2
+    )  # as SDPA lays it out; the last row is for padding slots
+    runs = list(_runs(tiles, low, key_heads))
+    expanded = expansion.points_by_run(low, runs) if isinstance(low, Expansion) else None
+    for run, _ in runs:
         part = tiles._replace(
-            query=tiles.query[..., run, :], key=tiles.key[..., run, :keys], valid=tiles.valid[..., run, :, :keys],
-            reach=tiles.reach and tiles.reach[run], whole=None if tiles.whole is None else tiles.whole[..., run, :],
-        )  # fmt: skip
-        key, value, bias = _lists(
-            k, v, n, part, points, count, key_mask, gain
-        )  # (N, 1, L + m, d or e), (N, 1, 1 or g, L + m)
+            query=tiles.query[..., run, :], key=tiles.key[..., run, :], valid=tiles.valid[..., run, :, :]
+        )
+        key, value, bias = _lists(k, v, part, key_mask)
+        if isinstance(low, Points):
+            key, value, bias = _with_points((key, value, bias), _remainder(low, part, bias[..., 0, :], value), gain)
+        elif expanded is not None:
+            key, value, bias = _with_points((key, value, bias), next(expanded), gain)
+        key, value, bias = (x.flatten(0, 2)[:, None] for x in (key, value, bias))
         if causal:
             bias = _without_future(bias, part)
-        rows = part.query[..., None, :] + first  # (B, H_k, T, group, g)
-        query = flat.index_select(0, rows.reshape(-1)).view(-1, group, size, flat.shape[-1])
+        query = _rows(q, part.query, group)
         found = _call(query, key, value, bias.to(q.dtype), scale)
-        place = torch.where(used[..., run, :][..., None, :], rows, out.shape[0] - 1)
-        out.index_copy_(0, place.reshape(-1), found.reshape(-1, width))
-    return out[:-1].view(batch, heads, n, width)
+        _put(out, place[..., run, :], found.unflatten(0, (batch, key_heads, -1)))
+    return out[:, :, :n]
+
+
+def _rows(q: Tensor, query: Tensor, group: int) -> Tensor:
+    """Rows of q (B, H, n, d) at `query` (T, g) or (B, H_k, T, g), for the heads that share keys: (B H_k T, group, g, d)."""
+    index = query if query.ndim == 2 else repeated(query, q.shape[1])
+    return take(q, index).unflatten(1, (-1, group)).transpose(2, 3).flatten(0, 2)
+
+
+def _put(out: Tensor, place: Tensor, found: Tensor) -> None:
+    """Write found (B, H_k, T, group, g, e) to rows `place` (T, g) or (B, H_k, T, g) of out (B, H, n, e)."""
+    found = found.transpose(2, 3).flatten(1, 2).flatten(2, 3)  # (B, H, T g, e)
+    if place.ndim == 2:
+        out.index_copy_(2, place.flatten(), found)
+    else:
+        index = repeated(place, out.shape[1]).flatten(2)[..., None].expand_as(found)
+        out.scatter_(2, index, found)
 
 
 def _call(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scale: float) -> Tensor:
@@ -121,81 +139,55 @@ def _call(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scale: float)
     return found * (bias.amax(-1, keepdim=True) > hidden) if exported else found
 
 
-def _runs(tiles: Tiles, points: Points | None, heads: int) -> Iterator[tuple[slice, int, int]]:
-    """Consecutive tiles for one call, and how many keys and points it has to hold."""
-    (many, keys), count = tiles.key.shape[-2:], 0 if points is None else points.key.shape[2]
-    reach = tiles.reach or ((keys, count),) * many
+def _runs(tiles: Tiles, low: Points | Expansion | None, heads: int) -> Iterator[tuple[slice, int]]:
+    """Consecutive tiles for one call, and how many points it has to hold."""
+    many, keys = tiles.key.shape[-2:]
+    counts = low.past if isinstance(low, Expansion) else (0 if low is None else low.key.shape[2],) * many
     start = 0
-    while start < many:
-        stop, most = start + 1, reach[start]
-        while stop < many:
-            longer = max(most[0], reach[stop][0]), max(most[1], reach[stop][1])
-            rows = sum(longer)
-            if heads * (stop + 1 - start) * rows > ROWS or rows > UNEVEN * sum(reach[start]):
-                break
-            stop, most = stop + 1, longer
-        yield slice(start, stop), most[0], min(most[1], count)
+    for stop in range(1, many + 1):
+        longer = keys + counts[min(stop, many - 1)]  # counts never fall
+        if stop < many and heads * (stop + 1 - start) * longer <= ROWS and longer <= UNEVEN * (keys + counts[start]):
+            continue
+        yield slice(start, stop), counts[stop - 1]
         start = stop
 
 
-def _lists(
-    k: Tensor,
-    v: Tensor,
-    n: int,
-    tiles: Tiles,
-    points: Points | None,
-    count: int,
-    key_mask: Tensor | None,
-    gain: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Of each of N = B H_k T tiles its keys and the first `count` points, and their values: two (N, 1, L + m, d or e).
-
-    And a bias for each, (N, 1, 1 or g, L + m).
-    """
-    lead = (*k.shape[:2], tiles.key.shape[-2])
+def _lists(k: Tensor, v: Tensor, tiles: Tiles, key_mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """The keys of each tile, their values and a bias for each: (B, H_k, T, L, d or e) and (B, H_k, T, 1 or g, L)."""
     keep = tiles.valid  # (..., T, 1 or g, L)
     if key_mask is not None:
         same = tiles.key if tiles.key.ndim > 2 else tiles.key.expand(k.shape[0], 1, -1, -1)
         keep = keep & take(key_mask[:, None, :, None].expand(-1, same.shape[1], -1, -1), same).mT
-    bias = torch.zeros(keep.shape, device=k.device).masked_fill(~keep, -torch.inf).expand(*lead, -1, -1)
-    listed = tiles.key
-    if points is not None and tiles.whole is not None:
-        further = torch.arange(n, n + count, device=k.device)
-        listed = torch.cat((listed, further.expand(*listed.shape[:-1], -1)), -1)
-    key, value = take(k, listed), take(v, listed)  # (B, H_k, T, L or L + m, d or e)
-    if points is not None and count:
-        if tiles.whole is None:
-            left, rest = _remainder(points, count, tiles, keep[..., 0, :].expand(*lead, -1), value)
-            mean = points.key[:, :, None, :count].expand(*lead, -1, -1)
-            key, value = torch.cat((key, mean.to(key.dtype)), 3), torch.cat((value, rest.to(value.dtype)), 3)
-        else:
-            left = points.counts[:, :, None, :count].expand(*lead, -1)
-            left = left * _readable(tiles, count, k.device)
-            left = F.pad(left, (0, 1)).scatter(-1, tiles.whole.clamp(max=count), 0)[..., :count]
-        weight = left.log() if gain is None else left.log() + gain[:, None, None]
-        bias = torch.cat((bias, weight[..., None, :]), -1)
-    return key.flatten(0, 2)[:, None], value.flatten(0, 2)[:, None], bias.flatten(0, 2)[:, None]
+    bias = torch.zeros(keep.shape, device=k.device).masked_fill(~keep, -torch.inf)
+    return take(k, tiles.key), take(v, tiles.key), bias.expand(*k.shape[:2], -1, -1, -1)
 
 
-def _readable(tiles: Tiles, count: int, device: torch.device) -> Tensor:
-    """Which of the first `count` points each tile may read, (T, m)."""
-    reach = tiles.reach or ((0, count),) * tiles.query.shape[-2]
-    return torch.arange(count, device=device) < torch.tensor([[readable] for _, readable in reach], device=device)
+def _with_points(
+    lists: tuple[Tensor, Tensor, Tensor], points: tuple[Tensor, Tensor, Tensor], gain: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Lists as `_lists` gives them, lengthened by points: (B, H_k, T, m, d), (B, H_k, T, m, e), and bias (B, H_k, T, m)."""
+    (key, value, bias), (mean, rest, weight) = lists, points
+    weight = (weight if gain is None else weight + gain[:, None, None])[..., None, :].expand(*bias.shape[:-1], -1)
+    return (
+        torch.cat((key, mean.to(key.dtype)), 3),
+        torch.cat((value, rest.to(value.dtype)), 3),
+        torch.cat((bias, weight), -1),
+    )
 
 
-def _remainder(points: Points, count: int, tiles: Tiles, keep: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """What each tile does not read exactly of each point: keys left (B, H, T, m), and the mean of their values (…, m, e)."""
-    batch, heads, many, _ = keep.shape
+def _remainder(points: Points, tiles: Tiles, bias: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What each tile does not read exactly of each point: its key (…, m, d), mean of the values left (…, m, e), ln(left)."""
+    (batch, heads, many, _), count = bias.shape, points.key.shape[2]
     own = take(points.own[..., None], tiles.key.expand(batch, heads, -1, -1)).squeeze(-1)  # (B, H, T, L)
-    own = torch.where(keep, own.clamp(max=count), count)  # of no point here
-    covered = torch.zeros(batch, heads, many, count + 1, device=keep.device).scatter_add(-1, own, keep.float())
-    left = points.counts[:, :, None, :count] - covered[..., :count]
-    left = left * _readable(tiles, count, keep.device)
+    own = torch.where(bias == 0, own, count)  # of no point here
+    covered = torch.zeros(batch, heads, many, count + 1, device=bias.device)
+    covered = covered.scatter_add(-1, own, (bias == 0).float())
+    left = points.counts[:, :, None] - covered[..., :count]
     taken = value.new_zeros(batch * heads * many, count + 1, value.shape[-1], dtype=torch.float32)
     taken = added(taken, value.flatten(0, 2).float(), own.flatten(0, 2)).view(batch, heads, many, count + 1, -1)
-    total = (points.value * points.counts[..., None])[:, :, None, :count]
+    total = (points.value * points.counts[..., None])[:, :, None]
     rest = (total - taken[..., :count, :]) / left[..., None].clamp(min=1)
-    return left, rest
+    return points.key[:, :, None].expand(-1, -1, many, -1, -1), rest, left.log()
 
 
 def _without_future(bias: Tensor, tiles: Tiles) -> Tensor:

@@ -13,7 +13,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .core import Features, Landmarks, LowRankData, Points, Selection, Tiles, repeated, restore, take
+from . import expansion
+from .core import Expansion, Features, Landmarks, LowRankData, Points, Selection, Tiles, repeated, restore, take
 
 Sums = tuple[
     Tensor, Tensor, Tensor
@@ -46,6 +47,8 @@ def split(
     """Sums of exp(scale q.k) over the support, and of L over the pairs outside it (all pairs, where the sum is naive)."""
     k, v = repeated(k, q.shape[1]), repeated(v, q.shape[1])
     q, k = q * scale**0.5, k * scale**0.5  # from here on the logits are q.k
+    if isinstance(selection.low_rank, Expansion):
+        return _with_expansion(q, k, v, selection.tiles[0], selection.low_rank, scale, key_mask, causal)
     summary = None if selection.low_rank is None else _summary(selection.low_rank, q, v, scale, causal)
     exact: Sums | None = None
     covered: tuple[Tensor, Tensor] | None = None
@@ -154,7 +157,24 @@ def _summary(low: LowRankData, q: Tensor, v: Tensor, scale: float, causal: bool)
         return _FactorSums(*_scaled(low), v, causal)
     if isinstance(low, Landmarks):
         raise ValueError("landmarks that are contracted with the values have no entries to subtract")
+    if isinstance(low, Expansion):
+        raise ValueError("an expansion leaves out what its own tiles read; it has nothing to subtract")
     return _FactorSums(low.shift, low.left, low.right, v, causal)
+
+
+def _with_expansion(
+    q: Tensor, k: Tensor, v: Tensor, tiles: Tiles, low: Expansion, scale: float, key_mask: Tensor | None, causal: bool
+) -> tuple[Sums, Sums]:
+    """Sums over what each tile reads exactly, and over its points; arguments as `split` has them at that stage."""
+    tiles = _for_heads(tiles, q.shape[1])
+    exact = _tile_sums(tiles, q, k, v, key_mask, causal, None)
+    key, value, bias = (repeated(x, q.shape[1]) for x in expansion.points(low, slice(None), low.key.shape[2]))
+    logits = take(q, tiles.query).float() @ (key * scale**0.5).mT + bias[..., None, :]  # (B, H, T, g, m)
+    shift = logits.amax(-1, keepdim=True).clamp(min=LOWEST)
+    weight = (logits - shift).exp()
+    found = (*exact, shift, weight @ value, weight.sum(-1, keepdim=True))
+    a, b, c, d, e, f = (restore(x, tiles.slot) for x in found)
+    return (a, b, c), (d, e, f)
 
 
 def columns(x: Tensor, index: Tensor) -> Tensor:
@@ -173,20 +193,20 @@ class _PointSums:
         summed = torch.cat((self.count * value, self.count), dim=-1)  # the last column sums to the denominator
         shifts, sums = [], []
         for start in range(0, q.shape[2], ROWS):
-            logits = self._logits(
-                self.q[:, :, start : start + ROWS], torch.arange(start, start + ROWS, device=q.device)
-            )
+            logits = self._logits(start)
             shifts.append(logits.amax(-1, keepdim=True).clamp(min=LOWEST))
             sums.append((logits - shifts[-1]).exp() @ summed)
         total = torch.cat(sums, 2)
         self.sums = torch.cat(shifts, 2), total[..., :-1], total[..., -1:]
 
-    def _logits(self, rows: Tensor, place: Tensor) -> Tensor:
-        """q.mean of the points that queries at `place` may read, (B, H, rows, m); minus infinity at others."""
+    def _logits(self, start: int) -> Tensor:
+        """q.mean of the points that queries from `start` on may read, (B, H, rows, m); minus infinity at others."""
+        rows = self.q[:, :, start : start + ROWS]
         logits = (rows @ self.mean.mT).masked_fill(self.count.mT == 0, -torch.inf)
         if self.ready is None:
             return logits
-        return logits.masked_fill(place[: rows.shape[2], None] < self.ready, -torch.inf)
+        place = torch.arange(start, start + rows.shape[2], device=rows.device)
+        return logits.masked_fill(place[:, None] < self.ready, -torch.inf)
 
     def entries(self, tiles: Tiles) -> Tensor:
         logits = take(self.q, tiles.query) @ self.mean[:, :, None].mT  # (B, H, T, g, m), cheaper again than kept

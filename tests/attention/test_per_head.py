@@ -108,8 +108,10 @@ def test_what_a_causal_row_stores_on_average():
     assert Scatterbrain("window", site, 0, window=64).nnz == pytest.approx(
         sum(min(row + 1, 64) for row in range(200)) / 200
     )
-    layer = Scatterbrain("blocks", site, 0, epoch=64, block=8, blocks=3, first=4)
-    past = [row // 64 * 8 for row in range(200)]  # 8 blocks in each of the epochs that are over
-    assert layer.low_rank.stored == pytest.approx(1 + sum(max(m - 3, 0) for m in past) / 200)
-    exact = sum(row % 64 + 1 + (4 if row >= 64 else 0) + 8 * min(m, 3) for row, m in enumerate(past)) / 200
+    layer = Scatterbrain("blocks", site, 0, near=32, block=8, blocks=3, first=4, tile=32)
+    low = [
+        max(row // 32 * 32 - 32, 0) for row in range(200)
+    ]  # where the near keys begin; a tile's mean query weighs the others
+    assert layer.low_rank.stored == pytest.approx(1 + sum(max(x // 8 - 3, 0) + x / 32 for x in low) / 200)
+    exact = sum(row + 1 - x + min(x, 4) + 8 * min(x // 8, 3) for row, x in enumerate(low)) / 200
     assert layer.nnz == pytest.approx(exact)

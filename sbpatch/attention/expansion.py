@@ -1,0 +1,57 @@
+"""Blocks of keys as points: the log-sum-exp of a block, expanded to first order about the mean query of a tile.
+
+    ln sum_j exp(q.k_j)  ~  q.k'+ H(p),     p = softmax_j(q'.k_j),  k' = sum_j p_j k_j,  H(p) = -sum_j p_j ln p_j
+
+q' is the mean query, j are the keys of the block. The left side is convex in q and the right side its tangent: exact at q', and
+nowhere above. Where p is even, the point is the mean key with bias ln(count); where q' likes one key, it is that key, bias 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from .core import Expansion
+
+AHEAD = 4
+LEAST = -200.0  # ln p below which a key adds nothing to the entropy, not even its gradient
+
+
+def points_by_run(low: Expansion, runs: Sequence[tuple[slice, int]]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """`points` of each run of tiles and so many blocks, computed for `AHEAD` runs at a time: keys are read once for all."""
+    for i in range(0, len(runs), AHEAD):
+        some = runs[i : i + AHEAD]
+        first = some[0][0].start
+        key, value, bias = points(low, slice(first, some[-1][0].stop), some[-1][1])
+        for run, count in some:
+            tiles = slice(run.start - first, run.stop - first)
+            yield key[:, :, tiles, :count], value[:, :, tiles, :count], bias[:, :, tiles, :count]
+
+
+def points(low: Expansion, tiles: slice, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each of t tiles its first `count` blocks: key (B, H, t, m, d), value (B, H, t, m, e), bias (B, H, t, m), float32.
+
+    The bias is H(p), and minus infinity for blocks that the tile may not read, reads exactly, or that are empty.
+
+    Multiply-adds: t m c (2 d + e). Each product runs over all tiles at once, and over the blocks as a batch.
+    """
+    about = low.about[:, :, tiles].float()  # (B, H, t, d)
+    key, value = low.key[:, :, :count].float(), low.value[:, :, :count].float()  # (B, H, m, c, d or e)
+    logits = (key.flatten(2, 3) @ about.mT).unflatten(2, key.shape[2:4])  # (B, H, m, c, t)
+    logits = logits.masked_fill(~low.valid[:, :, :count, :, None], -torch.inf)
+    total = logits.logsumexp(-2, keepdim=True)
+    log_p = logits - total.clamp(min=torch.finfo(torch.float32).min)
+    p = log_p.exp()
+    entropy = -(p * log_p.clamp(min=LEAST)).sum(-2)  # (B, H, m, t)
+    unread = (total[..., 0, :] == -torch.inf).mT | ~_read(low, tiles, count)
+    return (p.mT @ key).transpose(2, 3), (p.mT @ value).transpose(2, 3), entropy.mT.masked_fill(unread, -torch.inf)
+
+
+def _read(low: Expansion, tiles: slice, count: int) -> Tensor:
+    """Which of the first `count` blocks each of the tiles reads as a point, (B, H, t, m)."""
+    exact = low.exact[:, :, tiles]
+    past = torch.tensor(low.past[tiles], device=exact.device)[:, None]
+    read = (torch.arange(count + 1, device=exact.device) < past).expand(*exact.shape[:3], -1)
+    return read.scatter(-1, exact.clamp(max=count), False)[..., :count]
