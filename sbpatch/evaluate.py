@@ -36,6 +36,7 @@ from .sites import Call, find_sites, swap
 
 VARIANTS = ("eager", "sdpa", "patched")
 EAGER_BATCHES = 3  # that the slow eager variant runs, for its time and memory; its answers are SDPA's but for rounding
+EAGER_MS = 30_000.0  # after which it runs no further batch
 
 
 @dataclass(frozen=True)
@@ -174,7 +175,7 @@ def evaluate(
     """Run every variant over `data`: {variant: {agreement, perplexity, latency_ms, ...}} with the keys that apply.
 
     Time is the median over batches of `batch_size`; memory is the peak of one such batch. Eager attention runs on the first
-    `EAGER_BATCHES` batches, and where there are more it has no figures of quality. A variant's process loads the model
+    `EAGER_BATCHES` batches at most, and where there are more it has no figures of quality. A variant's process loads the model
     itself, so this must be called under `if __name__ == "__main__":` in a script.
 
     Raises:
@@ -194,10 +195,10 @@ def evaluate(
     totals = {variant: Totals() for variant in variants}
     try:
         steps = range(-(-len(data) // batch_size))
-        scored = [variant for variant in variants if variant != "eager" or len(steps) <= EAGER_BATCHES]
         for number, (x, y) in zip(progress(steps, "evaluating"), batches(data, batch_size), strict=True):
-            if number == EAGER_BATCHES:
+            if "eager" in pipes and (number == EAGER_BATCHES or sum(totals["eager"].ms) > EAGER_MS):
                 pipes.pop("eager").send(None)  # its process ends and leaves its memory to the others
+                totals["eager"].scores = Scores()  # of some batches only, not to be compared
             inputs, labels = _packed(x), y.numpy()
             found: dict[str, Kept] = {}
             running = list(pipes)
@@ -210,8 +211,7 @@ def evaluate(
                 totals[variant].ms.append(ms)
             for variant in running:
                 totals[variant].seen += count(x)
-                if variant in scored:
-                    totals[variant].scores.add(found[variant], found["sdpa"])
+                totals[variant].scores.add(found[variant], found["sdpa"])
         for pipe in pipes.values():
             pipe.send(None)
     finally:

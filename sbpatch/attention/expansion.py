@@ -40,13 +40,12 @@ def points(low: Expansion, tiles: slice, count: int) -> tuple[Tensor, Tensor, Te
     about = low.about[:, :, tiles].float()  # (B, H, t, d)
     key, value = low.key[:, :, :count].float(), low.value[:, :, :count].float()  # (B, H, m, c, d or e)
     logits = (key.flatten(2, 3) @ about.mT).unflatten(2, key.shape[2:4])  # (B, H, m, c, t)
-    logits = logits.masked_fill(~low.valid[:, :, :count, :, None], -torch.inf)
-    total = logits.logsumexp(-2, keepdim=True)
-    log_p = logits - total.clamp(min=torch.finfo(torch.float32).min)
+    valid = low.valid[:, :, :count]
+    log_p = logits.masked_fill(~valid[..., None], torch.finfo(torch.float32).min).log_softmax(-2)
     p = log_p.exp()
     entropy = -(p * log_p.clamp(min=LEAST)).sum(-2)  # (B, H, m, t)
-    unread = (total[..., 0, :] == -torch.inf).mT | ~_read(low, tiles, count)
-    return (p.mT @ key).transpose(2, 3), (p.mT @ value).transpose(2, 3), entropy.mT.masked_fill(unread, -torch.inf)
+    read = _read(low, tiles, count) & valid.any(-1)[:, :, None]
+    return (p.mT @ key).transpose(2, 3), (p.mT @ value).transpose(2, 3), entropy.mT.masked_fill(~read, -torch.inf)
 
 
 def _read(low: Expansion, tiles: slice, count: int) -> Tensor:
