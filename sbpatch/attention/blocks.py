@@ -153,7 +153,7 @@ class Blocks(Joined):
         return Tiles(own.clamp(max=n - 1), key.clamp(0, n - 1), keep[..., None, :], place, diagonal=True)
 
     def select(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, scale: float) -> Selection:
-        low = self._expansion(q, k, v, key_mask, scale)
+        low = self._expansion(q, k.contiguous(), v.contiguous(), key_mask, scale)
         return Selection([self._tiles(low.exact, low.key.shape[2], k.shape[2])], low if low.past[-1] else None)
 
     # -- the definition ----------------------------------------------------------------------------------------------

@@ -15,15 +15,18 @@ from torch import Tensor
 
 from .core import Expansion
 
-AHEAD = 4
+AHEAD = 16
 LEAST = -200.0  # ln p below which a key adds nothing to the entropy, not even its gradient
 
 
 def points_by_run(low: Expansion, runs: Sequence[tuple[slice, int]]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """`points` of each run of tiles and so many blocks, computed for `AHEAD` runs at a time: keys are read once for all."""
-    for i in range(0, len(runs), AHEAD):
-        some = runs[i : i + AHEAD]
-        first = some[0][0].start
+    """`points` of each run of tiles and so many blocks, computed for up to `AHEAD` tiles together, which read the keys once."""
+    start = 0
+    while start < len(runs):
+        first, stop = runs[start][0].start, start + 1
+        while stop < len(runs) and runs[stop][0].stop <= first + AHEAD:
+            stop += 1
+        some, start = runs[start:stop], stop
         key, value, bias = points(low, slice(first, some[-1][0].stop), some[-1][1])
         for run, count in some:
             tiles = slice(run.start - first, run.stop - first)
@@ -39,13 +42,19 @@ def points(low: Expansion, tiles: slice, count: int) -> tuple[Tensor, Tensor, Te
     """
     about = low.about[:, :, tiles].float()  # (B, H, t, d)
     key, value = low.key[:, :, :count].float(), low.value[:, :, :count].float()  # (B, H, m, c, d or e)
-    logits = (key.flatten(2, 3) @ about.mT).unflatten(2, key.shape[2:4])  # (B, H, m, c, t)
+    logits = _by_head(key.flatten(2, 3), about.mT).unflatten(2, key.shape[2:4])  # (B, H, m, c, t)
     valid = low.valid[:, :, :count]
     log_p = logits.masked_fill(~valid[..., None], torch.finfo(torch.float32).min).log_softmax(-2)
     p = log_p.exp()
     entropy = -(p * log_p.clamp(min=LEAST)).sum(-2)  # (B, H, m, t)
     read = _read(low, tiles, count) & valid.any(-1)[:, :, None]
-    return (p.mT @ key).transpose(2, 3), (p.mT @ value).transpose(2, 3), entropy.mT.masked_fill(~read, -torch.inf)
+    mean, rest = (_by_head(p.mT, x).transpose(2, 3) for x in (key, value))
+    return mean, rest, entropy.mT.masked_fill(~read, -torch.inf)
+
+
+def _by_head(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b of tensors (B, H, ...), a head at a time: the first blocks of one head lie together, those of all heads do not."""
+    return torch.stack([x @ y for x, y in zip(a.flatten(0, 1), b.flatten(0, 1), strict=True)]).unflatten(0, a.shape[:2])
 
 
 def _read(low: Expansion, tiles: slice, count: int) -> Tensor:

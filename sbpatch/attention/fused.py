@@ -89,6 +89,8 @@ def over_tiles(
     out = v.new_empty(batch, n + 1, heads, width).transpose(
         1, 2
     )  # as SDPA lays it out; the last row is for padding slots
+    if tiles.key.ndim > 2:  # else each run would copy all of them, where the model has them in another order
+        k, v = k.contiguous(), v.contiguous()
     runs = list(_runs(tiles, low, key_heads))
     expanded = expansion.points_by_run(low, runs) if isinstance(low, Expansion) else None
     for run, _ in runs:
