@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..errors import SbpatchError
 from .core import Expansion, Selection, Tiles, repeated
+from .patterns import blocks as consecutive
 from .registry import Geometry, Joined, register
 
 FIRST = 4
@@ -84,9 +85,7 @@ class Blocks(Joined):
                 size = {"block": block, "first": FIRST, "tile": tile}
                 fixed = cls(site, 0, near=0, blocks=0, **size)
                 whole = int((stored - fixed.nnz - fixed.stored) / (block - 1))  # one read exactly is one point less
-                near = sorted(
-                    {round(share * whole) for share in shares if whole > 0}, key=lambda x: abs(x - NEAR[0] * whole)
-                )
+                near = dict.fromkeys(round(share * whole) for share in shares if whole > 0)
                 found += [size | {"near": x * block, "blocks": whole - x} for x in near]
             tile //= 2
         return sorted(found, key=lambda size: -size["near"] - size["blocks"] * size["block"])  # most keys read exactly
@@ -136,9 +135,10 @@ class Blocks(Joined):
 
     def _tiles(self, best: Tensor, count: int, n: int) -> Tiles:
         """Lists of keys: the tile itself, near keys, first tokens, and the blocks `best`, of `count`."""
-        device, tile = best.device, self.tile
-        start = tile * torch.arange(-(-n // tile), device=device)[:, None]  # (T, 1)
-        own = start + torch.arange(tile, device=device)
+        device, tiles = best.device, best.shape[2]
+        query, place = consecutive(tiles, self.tile, n, device)
+        start = self.tile * torch.arange(tiles, device=device)[:, None]  # (T, 1)
+        own = start + torch.arange(self.tile, device=device)
         near = start + torch.arange(-min(self.before, n), 0, device=device)
         first = torch.arange(min(self.first, n), device=device).expand(len(start), -1)
         chosen = (best[..., None] * self.block + torch.arange(self.block, device=device)).flatten(-2)  # (B, H, T, p c)
@@ -149,11 +149,10 @@ class Blocks(Joined):
         valid = [own < n, near >= 0, first < start - self.before, taken]
         lead = best.shape[:2]
         key, keep = (torch.cat([x.expand(*lead, -1, -1) for x in every], dim=-1) for every in (listed, valid))
-        place = torch.arange(n, device=device)
-        return Tiles(own.clamp(max=n - 1), key.clamp(0, n - 1), keep[..., None, :], place, diagonal=True)
+        return Tiles(query, key.clamp(0, n - 1), keep[..., None, :], place, diagonal=True)
 
     def select(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, scale: float) -> Selection:
-        low = self._expansion(q, k.contiguous(), v.contiguous(), key_mask, scale)
+        low = self._expansion(q, k, v, key_mask, scale)
         return Selection([self._tiles(low.exact, low.key.shape[2], k.shape[2])], low if low.past[-1] else None)
 
     # -- the definition ----------------------------------------------------------------------------------------------

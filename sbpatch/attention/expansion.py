@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .core import Expansion
 
-AHEAD = 16
+AHEAD = 16  # tiles whose points are computed together
 LEAST = -200.0  # ln p below which a key adds nothing to the entropy, not even its gradient
 
 
@@ -54,7 +54,7 @@ def points(low: Expansion, tiles: slice, count: int) -> tuple[Tensor, Tensor, Te
 
 def _by_head(a: Tensor, b: Tensor) -> Tensor:
     """a @ b of tensors (B, H, ...), a head at a time: the first blocks of one head lie together, those of all heads do not."""
-    return torch.stack([x @ y for x, y in zip(a.flatten(0, 1), b.flatten(0, 1), strict=True)]).unflatten(0, a.shape[:2])
+    return torch.stack([x @ y for x, y in zip(a.unbind(1), b.unbind(1), strict=True)], dim=1)
 
 
 def _read(low: Expansion, tiles: slice, count: int) -> Tensor:

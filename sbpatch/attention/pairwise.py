@@ -47,9 +47,9 @@ def split(
     """Sums of exp(scale q.k) over the support, and of L over the pairs outside it (all pairs, where the sum is naive)."""
     k, v = repeated(k, q.shape[1]), repeated(v, q.shape[1])
     q, k = q * scale**0.5, k * scale**0.5  # from here on the logits are q.k
-    if isinstance(selection.low_rank, Expansion):
-        return _with_expansion(q, k, v, selection.tiles[0], selection.low_rank, scale, key_mask, causal)
-    summary = None if selection.low_rank is None else _summary(selection.low_rank, q, v, scale, causal)
+    low_rank = selection.low_rank
+    expanded = low_rank if isinstance(low_rank, Expansion) else None  # which leaves out by itself what its tiles read
+    summary = None if low_rank is None or expanded is not None else _summary(low_rank, q, v, scale, causal)
     exact: Sums | None = None
     covered: tuple[Tensor, Tensor] | None = None
     for tiles in selection.tiles:
@@ -63,6 +63,8 @@ def split(
         exact = found if exact is None else _merge(exact, found)
         if low:
             covered = (low[0], low[1]) if covered is None else (covered[0] + low[0], covered[1] + low[1])
+    if expanded is not None:
+        return exact, _expansion_sums(expanded, selection.tiles[0], q, scale)
     if summary is None:
         return exact, None
     return exact, summary.sums if covered is None else _remainder(summary.sums, covered)
@@ -162,19 +164,16 @@ def _summary(low: LowRankData, q: Tensor, v: Tensor, scale: float, causal: bool)
     return _FactorSums(low.shift, low.left, low.right, v, causal)
 
 
-def _with_expansion(
-    q: Tensor, k: Tensor, v: Tensor, tiles: Tiles, low: Expansion, scale: float, key_mask: Tensor | None, causal: bool
-) -> tuple[Sums, Sums]:
-    """Sums over what each tile reads exactly, and over its points; arguments as `split` has them at that stage."""
-    tiles = _for_heads(tiles, q.shape[1])
-    exact = _tile_sums(tiles, q, k, v, key_mask, causal, None)
+def _expansion_sums(low: Expansion, tiles: Tiles, q: Tensor, scale: float) -> Sums:
+    """Over the points of each tile; q as `split` has it at that stage."""
     key, value, bias = (repeated(x, q.shape[1]) for x in expansion.points(low, slice(None), low.key.shape[2]))
     logits = take(q, tiles.query).float() @ (key * scale**0.5).mT + bias[..., None, :]  # (B, H, T, g, m)
     shift = logits.amax(-1, keepdim=True).clamp(min=LOWEST)
     weight = (logits - shift).exp()
-    found = (*exact, shift, weight @ value, weight.sum(-1, keepdim=True))
-    a, b, c, d, e, f = (restore(x, tiles.slot) for x in found)
-    return (a, b, c), (d, e, f)
+    shift, numerator, denominator = (
+        restore(x, tiles.slot) for x in (shift, weight @ value, weight.sum(-1, keepdim=True))
+    )
+    return shift, numerator, denominator
 
 
 def columns(x: Tensor, index: Tensor) -> Tensor:

@@ -46,33 +46,27 @@ def balanced_tree(x: Tensor, leaf: int, mask: Tensor | None = None) -> Tensor:
     return split_evenly(x @ principal_axes(x, min(AXES, width)), leaf, real)
 
 
-def split_evenly(point: Tensor, leaf: int, real: Tensor | None = None) -> Tensor:
-    """Points (B, H, n, axes) in leaves of `leaf`: indices (B, H, leaves, leaf), see `balanced_tree`; real (B, 1 or H, n, 1).
+def split_evenly(point: Tensor, leaf: int, real: Tensor) -> Tensor:
+    """Points (B, H, n, axes) in leaves of `leaf`: indices (B, H, leaves, leaf), see `balanced_tree`; real (B, 1, n, 1).
 
     A k-d tree (Bentley, 1975): each node is sorted along the one of its axes on which it varies most, and halved.
     """
     batch, heads, n, axes = point.shape
     levels = max(0, math.ceil(math.log2(n / leaf)))
     slots = leaf * 2**levels
-    if slots > n and real is None:
-        real = torch.ones(batch, 1, n, 1, dtype=torch.bool, device=point.device)
-    if real is not None:
-        real = F.pad(real.expand(-1, heads, -1, -1), (0, 0, 0, slots - n))[:, :, None]  # (B, H, nodes, slots a node, 1)
+    real = F.pad(real.expand(-1, heads, -1, -1), (0, 0, 0, slots - n))[:, :, None]  # (B, H, nodes, slots a node, 1)
     point = F.pad(point, (0, 0, 0, slots - n))[:, :, None]  # padding: zeros
     index = torch.arange(slots, device=point.device).expand(batch, heads, 1, -1)
     for _ in range(levels):
-        size = point.shape[-2] if real is None else real.sum(-2).clamp(min=1)
+        size = real.sum(-2).clamp(min=1)
         spread = point.square().sum(-2) - point.sum(-2).square() / size
         axis = spread.argmax(-1)[..., None, None].expand(*point.shape[:-1], 1)
-        value = point.gather(-1, axis)
-        if real is not None:
-            value = value.masked_fill(~real, torch.inf)
+        value = point.gather(-1, axis).masked_fill(~real, torch.inf)
         order = value.squeeze(-1).argsort(-1)  # (B, H, nodes, slots a node)
         first = order.shape[-1] * torch.arange(order[..., 0].numel(), device=order.device).view(*order.shape[:-1], 1)
         flat = (order + first).reshape(-1)
         half = (*order.shape[:-2], 2 * order.shape[-2], order.shape[-1] // 2)
         index = index.reshape(-1).index_select(0, flat).view(half)
         point = point.reshape(-1, axes).index_select(0, flat).view(*half, axes)
-        if real is not None:
-            real = real.reshape(-1, 1).index_select(0, flat).view(*half, 1)
+        real = real.reshape(-1, 1).index_select(0, flat).view(*half, 1)
     return index

@@ -109,9 +109,8 @@ def test_what_a_causal_row_stores_on_average():
         sum(min(row + 1, 64) for row in range(200)) / 200
     )
     layer = Scatterbrain("blocks", site, 0, near=32, block=8, blocks=3, first=4, tile=32)
-    low = [
-        max(row // 32 * 32 - 32, 0) for row in range(200)
-    ]  # where the near keys begin; a tile's mean query weighs the others
+    # where the near keys of each row's tile begin; the tile's mean query weighs those before
+    low = [max(row // 32 * 32 - 32, 0) for row in range(200)]
     assert layer.low_rank.stored == pytest.approx(1 + sum(max(x // 8 - 3, 0) + x / 32 for x in low) / 200)
     exact = sum(row + 1 - x + min(x, 4) + 8 * min(x // 8, 3) for row, x in enumerate(low)) / 200
     assert layer.nnz == pytest.approx(exact)

@@ -142,6 +142,14 @@ def test_it_compiles_in_one_graph() -> None:
     torch.testing.assert_close(compiled(q, k, v, None, 0.5), layer(q, k, v, None, 0.5), atol=1e-5, rtol=1e-4)
 
 
+def test_exported_it_takes_any_number_of_samples() -> None:
+    layer, names = built(100), ("q", "k", "v")
+    shapes = dict.fromkeys(names, {0: torch.export.Dim("batch")}) | {"key_mask": None, "scale": None}
+    program = torch.export.export(layer, (*draw(100), None, 0.5), dynamic_shapes=shapes)
+    more = [x.repeat(3, 1, 1, 1)[:5] for x in draw(100, seed=1)]
+    torch.testing.assert_close(program.module()(*more, None, 0.5), layer(*more, None, 0.5), atol=1e-5, rtol=1e-4)
+
+
 def test_points_are_exact_for_the_mean_query_and_nowhere_above() -> None:
     """ln sum exp(q.k) of a block is convex in q, and its point is the tangent at the mean query."""
     q, k, v = draw(64, 2, 2)
