@@ -143,8 +143,8 @@ def test_it_compiles_in_one_graph() -> None:
 
 
 def test_exported_it_takes_any_number_of_samples() -> None:
-    layer, names = built(100), ("q", "k", "v")
-    shapes = dict.fromkeys(names, {0: torch.export.Dim("batch")}) | {"key_mask": None, "scale": None}
+    layer, batch = built(100), {0: torch.export.Dim("batch")}
+    shapes = {"q": batch, "k": batch, "v": batch, "key_mask": None, "scale": None}
     program = torch.export.export(layer, (*draw(100), None, 0.5), dynamic_shapes=shapes)
     more = [x.repeat(3, 1, 1, 1)[:5] for x in draw(100, seed=1)]
     torch.testing.assert_close(program.module()(*more, None, 0.5), layer(*more, None, 0.5), atol=1e-5, rtol=1e-4)
