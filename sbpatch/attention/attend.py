@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+
 from torch import Tensor
 
-from . import fused, pairwise
+from . import fused, kernels, pairwise
 from .core import Expansion, Landmarks, Points, Selection
 
 
@@ -38,9 +40,12 @@ def attend(
     points = low if isinstance(low, Points | Expansion) else None
     if isinstance(points, Points) and points.ready is not None:  # which points a row may read differs within a tile
         points = None
+    form: ModuleType = fused
+    if kernels.chosen(q) and kernels.chosen(v):
+        from .kernels import tiles as form
     if isinstance(points, Points) and not tiles:
-        return fused.over_points(q, points, scale)
+        return form.over_points(q, points, scale)
     if len(tiles) == 1 and points is low and (tiles[0].shared or low is None) and not naive:
-        return fused.over_tiles(q, k, v, tiles[0], points, scale, key_mask, causal, gain)
+        return form.over_tiles(q, k, v, tiles[0], points, scale, key_mask, causal, gain)
     sums = pairwise.split(q, k, v, selection, scale, key_mask, causal, naive)
     return pairwise.merged(*sums, gain).to(v.dtype)

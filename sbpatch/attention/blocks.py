@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import SbpatchError
+from . import kernels
 from .core import Expansion, Selection, Tiles, repeated
 from .patterns import blocks as consecutive
 from .registry import Geometry, Joined, register
@@ -65,7 +66,7 @@ class Blocks(Joined):
         past = low // block
         exact = past.clamp(max=blocks)
         self.nnz = float((row + 1 - low + low.clamp(max=first) + exact * block).float().mean())
-        self.rank = max(self._past(site.tokens))
+        self.rank = self._count(site.tokens)
         weighed = low / (tile * site.group)  # logits of the tile's mean query, shared out among its rows
         self.stored = float((past - exact + weighed).mean()) + 1.0
 
@@ -94,14 +95,18 @@ class Blocks(Joined):
     def tried(cls, site: Geometry, entropy_ratio: float) -> str | None:
         return "blocks" if site.causal else None
 
-    def _past(self, n: int) -> tuple[int, ...]:
-        """How many blocks lie before the near keys of each tile."""
-        return tuple(max(start - self.before, 0) // self.block for start in range(0, n, self.tile))
+    def _count(self, n: int) -> int:
+        """How many blocks lie before the near keys of the last tile."""
+        return max((n - 1) // self.tile * self.tile - self.before, 0) // self.block
 
     # -- what is read ------------------------------------------------------------------------------------------------
 
     def _about(self, q: Tensor, key_heads: int, key_mask: Tensor | None) -> Tensor:
         """The mean query of each tile, over the heads that share keys, (B, H_k, T, d)."""
+        if kernels.chosen(q):
+            from .kernels.blocks import stretch_means
+
+            return stretch_means(q, key_mask, self.tile, key_heads)
         n, split = q.shape[2], (-1, self.tile)
         if key_mask is not None:
             q = q * key_mask[:, None, :, None]
@@ -113,25 +118,33 @@ class Blocks(Joined):
 
     def _expansion(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, scale: float) -> Expansion:
         n = k.shape[2]
-        past = self._past(n)
-        shape = (past[-1], self.block)
-        used = past[-1] * self.block  # the latest keys are near, or in the tile itself
+        shape = (self._count(n), self.block)
+        used = shape[0] * self.block  # the latest keys are near, or in the tile itself
         key, value = (x[:, :, :used].unflatten(2, shape) for x in (k, v))
         valid = torch.arange(used, device=k.device).view(1, 1, *shape) >= self.first
         if key_mask is not None:
             valid = valid & key_mask[:, None, :used].unflatten(2, shape)
         about = self._about(q, k.shape[1], key_mask) * scale
-        return Expansion(key, value, valid, about, self._best(about, key, valid, past), past)
+        low = Expansion(key, value, valid, about, about, self.tile, self.before)
+        return low._replace(exact=self._best(low))
 
-    def _best(self, about: Tensor, key: Tensor, valid: Tensor, past: tuple[int, ...]) -> Tensor:
+    def _best(self, low: Expansion) -> Tensor:
         """The best blocks of those before each tile's near keys, best first, (B, H, T, blocks); m where there are too few."""
-        share = valid / valid.sum(-1, keepdim=True).clamp(min=1)
-        mean = (share[..., None, :].to(key.dtype) @ key.detach()).squeeze(3).float()  # (B, H, m, d)
-        score = about.detach() @ mean.mT
-        late = torch.arange(score.shape[-1], device=key.device) >= torch.tensor(past, device=key.device)[:, None]
+        about, key, valid = low.about, low.key, low.valid
+        score = about.detach() @ self._means(key.detach(), valid).mT
+        late = torch.arange(score.shape[-1], device=key.device) >= low.counts()[:, None]
         score = score.masked_fill(late | ~valid.any(-1)[:, :, None], -torch.inf)
         best, index = score.topk(min(self.blocks, score.shape[-1]), dim=-1)
         return index.masked_fill(best == -torch.inf, score.shape[-1])
+
+    def _means(self, key: Tensor, valid: Tensor) -> Tensor:
+        """The mean key of each block, (B, H, m, d) float32."""
+        if kernels.chosen(key):
+            from .kernels.blocks import stretch_means
+
+            return stretch_means(key.flatten(2, 3), valid.flatten(1), self.block, key.shape[1])
+        share = valid / valid.sum(-1, keepdim=True).clamp(min=1)
+        return (share[..., None, :].to(key.dtype) @ key).squeeze(3).float()
 
     def _tiles(self, best: Tensor, count: int, n: int) -> Tiles:
         """Lists of keys: the tile itself, near keys, first tokens, and the blocks `best`, of `count`."""
@@ -153,7 +166,7 @@ class Blocks(Joined):
 
     def select(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, scale: float) -> Selection:
         low = self._expansion(q, k, v, key_mask, scale)
-        return Selection([self._tiles(low.exact, low.key.shape[2], k.shape[2])], low if low.past[-1] else None)
+        return Selection([self._tiles(low.exact, low.key.shape[2], k.shape[2])], low if low.key.shape[2] else None)
 
     # -- the definition ----------------------------------------------------------------------------------------------
 

@@ -50,9 +50,8 @@ class Clusters(LowRank):
         return kmeans.nearest(k, kmeans.lloyd(k, key_mask, self.rank, self.steps))[0]
 
     def select(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, scale: float, joined: bool) -> Points:
-        k, v = k.float(), v.float()
         own = self._assigned(k.detach(), key_mask)
-        keep = k.new_ones(k.shape[0], 1, k.shape[2]) if key_mask is None else key_mask[:, None, :].to(k.dtype)
+        keep = torch.ones(len(k), 1, k.shape[2], device=k.device) if key_mask is None else key_mask[:, None, :].float()
         count = kmeans.counts(own, self.rank, keep)
         mean, value = (
             kmeans.sums(x, own, self.rank, None if key_mask is None else keep) / count.clamp(min=1) for x in (k, v)

@@ -50,7 +50,18 @@ class Expansion(NamedTuple):
     valid: Tensor  # (1 or B, 1, m, c) bool: keys that a point stands for
     about: Tensor  # (B, H, T, d): scale times the mean query of each tile
     exact: Tensor  # (B, H, T, p) int64: blocks that the tile reads key by key, and not as points; m: none
-    past: tuple[int, ...]  # how many blocks each tile may read, the first ones; never fewer than the tile before
+    tile: int  # queries of a tile
+    near: int  # keys before a tile that no point of its stands for; the blocks before these are those that it may read
+
+    @property
+    def past(self) -> tuple[int, ...]:
+        """How many blocks each tile may read, the first ones."""
+        return tuple(max(t * self.tile - self.near, 0) // self.key.shape[3] for t in range(self.about.shape[2]))
+
+    def counts(self) -> Tensor:
+        """The same on the device, (T,) int64, without a copy from the host."""
+        start = self.tile * torch.arange(self.about.shape[2], device=self.about.device)
+        return (start - self.near).clamp(min=0) // self.key.shape[3]
 
 
 class Features(NamedTuple):

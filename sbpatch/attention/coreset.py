@@ -127,7 +127,7 @@ class Coreset(LowRank):
         """Sums of x, of v and of 1 over each landmark's own keys: (B, H, m, directions + e + 1)."""
         one = _ones(x) if key_mask is None else key_mask[:, None, :, None].expand(*x.shape[:3], 1)
         total = x.new_zeros(x.shape[0] * x.shape[1], self.rank, x.shape[-1] + 1 + v.shape[-1])
-        for at in kmeans.runs(x.shape[-2], x.shape[1] * total.shape[-1]):
+        for at in kmeans.runs(x.shape[-2], x.shape[1] * total.shape[-1], x.device):
             rows = torch.cat((x[:, :, at], v[:, :, at], one[:, :, at]), dim=-1)
             if key_mask is not None:
                 rows = rows * one[:, :, at]
@@ -137,7 +137,7 @@ class Coreset(LowRank):
     def _centred(self, k: Tensor, key_mask: Tensor | None, scale: float) -> Tensor:
         """x, (B, H, n, directions), about its mean and zero at padding."""
         to_key = (self.to_key.mT * scale**0.5).expand(k.shape[0], -1, -1, -1).flatten(0, 1)  # (B * H, directions, d)
-        parts = kmeans.runs(k.shape[-2], k.shape[1] * k.shape[-1])
+        parts = kmeans.runs(k.shape[-2], k.shape[1] * k.shape[-1], k.device)
         x = torch.cat([torch.bmm(to_key, k[:, :, rows].flatten(0, 1).float().mT) for rows in parts], -1)
         x = x.unflatten(0, k.shape[:2])  # (B, H, directions, n)
         if key_mask is None:
@@ -167,7 +167,7 @@ class Coreset(LowRank):
         bias, landmark, x = -(at.half + shift).flatten(0, 1), at.landmark.flatten(0, 1), at.x.flatten(0, 1)
         parts = []
         smooth = x.new_zeros(batch * heads, self.rank, e)
-        for rows in kmeans.runs(n, heads * self.rank):
+        for rows in kmeans.runs(n, heads * self.rank, x.device):
             spread = torch.baddbmm(bias, landmark, x[:, rows].mT).exp_()  # (B * H, m, rows)
             if key_mask is not None:
                 spread = spread * key_mask[:, rows].repeat_interleave(heads, 0)[:, None]

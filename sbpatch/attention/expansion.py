@@ -60,6 +60,5 @@ def _by_head(a: Tensor, b: Tensor) -> Tensor:
 def _read(low: Expansion, tiles: slice, count: int) -> Tensor:
     """Which of the first `count` blocks each of the tiles reads as a point, (B, H, t, m)."""
     exact = low.exact[:, :, tiles]
-    past = torch.tensor(low.past[tiles], device=exact.device)[:, None]
-    read = (torch.arange(count + 1, device=exact.device) < past).expand(*exact.shape[:3], -1)
+    read = (torch.arange(count + 1, device=exact.device) < low.counts()[tiles, None]).expand(*exact.shape[:3], -1)
     return read.scatter(-1, exact.clamp(max=count), False)[..., :count]

@@ -41,7 +41,7 @@ def over_landmarks(q: Tensor, low: Landmarks, dtype: torch.dtype) -> Tensor:
     to_query, landmark, both = (x.flatten(0, 1) for x in low)  # (B H, ...)
     value, total = both[..., :-1].contiguous(), both[..., -1].unflatten(-1, (2, -1))
     out = q.new_empty(batch, heads, n, width, dtype=dtype)
-    for rows in runs(n, heads * (3 * landmark.shape[1] + width)):
+    for rows in runs(n, heads * (3 * landmark.shape[1] + width), q.device):
         y = torch.bmm(to_query.mT, q[:, :, rows].flatten(0, 1).float().mT)  # few rows are faster than as few columns
         out[:, :, rows] = _read(y, landmark.mT, value, total).unflatten(0, (batch, heads))
     return out
@@ -82,10 +82,7 @@ def over_tiles(
 ) -> Tensor:
     """Attention of tiles over their keys and what is left of the points; arguments as `attend`."""
     (batch, heads, n, _), (key_heads, width) = q.shape, (k.shape[1], v.shape[-1])
-    group, size = heads // key_heads, tiles.query.shape[-1]
-    used = tiles.slot.new_zeros(*tiles.slot.shape[:-1], tiles.query.shape[-2] * size, dtype=torch.bool)
-    used = used.scatter(-1, tiles.slot, True).unflatten(-1, (-1, size))  # (..., T, g), False at a padding slot
-    place = tiles.query.masked_fill(~used, n)
+    group, place = heads // key_heads, places(tiles)
     out = v.new_empty(batch, n + 1, heads, width).transpose(
         1, 2
     )  # as SDPA lays it out; the last row is for padding slots
@@ -97,9 +94,9 @@ def over_tiles(
         part = tiles._replace(
             query=tiles.query[..., run, :], key=tiles.key[..., run, :], valid=tiles.valid[..., run, :, :]
         )
-        key, value, bias = _lists(k, v, part, key_mask)
+        key, value, bias = lists(k, v, part, key_mask)
         if isinstance(low, Points):
-            key, value, bias = _with_points((key, value, bias), _remainder(low, part, bias[..., 0, :], value), gain)
+            key, value, bias = _with_points((key, value, bias), remainder(low, part, bias[..., 0, :], value), gain)
         elif expanded is not None:
             key, value, bias = _with_points((key, value, bias), next(expanded), gain)
         key, value, bias = (x.flatten(0, 2)[:, None] for x in (key, value, bias))
@@ -109,6 +106,13 @@ def over_tiles(
         found = _call(query, key, value, bias.to(q.dtype), scale)
         _put(out, place[..., run, :], found.unflatten(0, (batch, key_heads, -1)))
     return out[:, :, :n]
+
+
+def places(tiles: Tiles) -> Tensor:
+    """The rows of the output that each tile's queries are, (..., T, g); n at a padding slot."""
+    (many, size), n = tiles.query.shape[-2:], tiles.slot.shape[-1]
+    used = tiles.slot.new_zeros(*tiles.slot.shape[:-1], many * size, dtype=torch.bool)
+    return tiles.query.masked_fill(~used.scatter(-1, tiles.slot, True).unflatten(-1, (many, size)), n)
 
 
 def _rows(q: Tensor, query: Tensor, group: int) -> Tensor:
@@ -154,7 +158,7 @@ def _runs(tiles: Tiles, low: Points | Expansion | None, heads: int) -> Iterator[
         start = stop
 
 
-def _lists(k: Tensor, v: Tensor, tiles: Tiles, key_mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def lists(k: Tensor, v: Tensor, tiles: Tiles, key_mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """The keys of each tile, their values and a bias for each: (B, H_k, T, L, d or e) and (B, H_k, T, 1 or g, L)."""
     keep = tiles.valid  # (..., T, 1 or g, L)
     if key_mask is not None:
@@ -167,7 +171,7 @@ def _lists(k: Tensor, v: Tensor, tiles: Tiles, key_mask: Tensor | None) -> tuple
 def _with_points(
     lists: tuple[Tensor, Tensor, Tensor], points: tuple[Tensor, Tensor, Tensor], gain: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Lists as `_lists` gives them, lengthened by points: (B, H_k, T, m, d), (B, H_k, T, m, e), and bias (B, H_k, T, m)."""
+    """Lists as `lists` gives them, lengthened by points: (B, H_k, T, m, d), (B, H_k, T, m, e), and bias (B, H_k, T, m)."""
     (key, value, bias), (mean, rest, weight) = lists, points
     weight = (weight if gain is None else weight + gain[:, None, None])[..., None, :].expand(*bias.shape[:-1], -1)
     return (
@@ -177,7 +181,7 @@ def _with_points(
     )
 
 
-def _remainder(points: Points, tiles: Tiles, bias: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def remainder(points: Points, tiles: Tiles, bias: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """What each tile does not read exactly of each point: its key (…, m, d), mean of the values left (…, m, e), ln(left)."""
     (batch, heads, many, _), count = bias.shape, points.key.shape[2]
     own = take(points.own[..., None], tiles.key.expand(batch, heads, -1, -1)).squeeze(-1)  # (B, H, T, L)

@@ -7,14 +7,16 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-ENTRIES = 1 << 17  # numbers of one sample's rows that are worked on at once
+from . import kernels
+
+ENTRIES = {"cpu": 1 << 17, "cuda": 1 << 25}  # numbers of one sample's rows that are worked on at once
 CHUNK = 1024  # rows added at once
 SAMPLE = 16  # keys a centre that the Lloyd steps look at; the final assignment looks at all
 
 
-def runs(n: int, width: int) -> list[slice]:
+def runs(n: int, width: int, device: torch.device) -> list[slice]:
     """n rows in equal runs, small enough for a cache where each row takes so many numbers in one sample."""
-    count = -(-n * width // ENTRIES)
+    count = -(-n * width // ENTRIES.get(device.type, ENTRIES["cpu"]))
     step = max(-(-n // count), min(n, 64))
     return [slice(start, start + step) for start in range(0, n, step)]
 
@@ -24,11 +26,15 @@ def nearest(k: Tensor, centre: Tensor) -> tuple[Tensor, Tensor]:
 
     By |k - c|^2 = |k|^2 - 2 (k.c - |c|^2 / 2): the largest score is the nearest.
     """
+    if kernels.chosen(k):
+        from .kernels.clusters import nearest_centre
+
+        return nearest_centre(k, centre)
     flat = centre.flatten(0, 1)
     bias = flat.square().sum(-1)[:, None]  # (B * H, 1, m)
     found = []
-    for rows in runs(k.shape[2], centre.shape[1] * centre.shape[2]):
-        found.append(torch.baddbmm(bias, k[:, :, rows].flatten(0, 1), flat.mT, beta=-0.5).max(-1))
+    for rows in runs(k.shape[2], centre.shape[1] * centre.shape[2], k.device):
+        found.append(torch.baddbmm(bias, k[:, :, rows].flatten(0, 1).to(flat.dtype), flat.mT, beta=-0.5).max(-1))
     score, index = found[0] if len(found) == 1 else (torch.cat(x, -1) for x in zip(*found, strict=True))
     return index.view(k.shape[:3]), score.view(k.shape[:3])
 
@@ -40,11 +46,16 @@ def counts(index: Tensor, m: int, keep: Tensor) -> Tensor:
 
 
 def sums(rows: Tensor, index: Tensor, m: int, keep: Tensor | None = None) -> Tensor:
-    """Sum of the rows (B, H, n, e) of each cluster: (B, H, m, e)."""
+    """Sum of the rows (B, H, n, e) of each cluster: (B, H, m, e), float32 at least."""
     batch, heads, _, e = rows.shape
-    total = rows.new_zeros(batch * heads, m, e)
+    if kernels.chosen(rows):
+        from .kernels.clusters import cluster_sums
+
+        return cluster_sums(rows, index if keep is None else index.masked_fill(keep == 0, m), m)
+    wide = torch.promote_types(rows.dtype, torch.float32)
+    total = torch.zeros(batch * heads, m, e, dtype=wide, device=rows.device)
     for part, where in _chunks(rows, index, keep):
-        total = added(total, part.flatten(0, 1), where.flatten(0, 1))
+        total = added(total, part.to(wide).flatten(0, 1), where.flatten(0, 1))
     return total.view(batch, heads, m, e)
 
 
@@ -54,6 +65,10 @@ def added(total: Tensor, rows: Tensor, index: Tensor) -> Tensor:
     On a CPU rows are added in their order. On a GPU that would be a race, so there it is a product with the one-hot matrix.
     """
     groups, m, e = total.shape
+    if kernels.chosen(rows):
+        from .kernels.clusters import cluster_sums
+
+        return total + cluster_sums(rows[None], index[None], m)[0]
     if rows.is_cuda:
         one_hot = rows.new_zeros(*index.shape, m).scatter(-1, index[..., None], 1.0)
         return total + one_hot.mT @ rows
@@ -109,6 +124,8 @@ def lloyd(k: Tensor, key_mask: Tensor | None, m: int, steps: int) -> Tensor:
         k = strided(k, key_mask, seen, once=True)
         if key_mask is not None:  # fewer real keys than that: as if the padding were not there
             key_mask = torch.arange(seen, device=k.device) < key_mask.sum(-1, keepdim=True)
+    wide = torch.promote_types(k.dtype, torch.float32)
+    k, centre = k.to(wide), centre.to(wide)
     shape, most = centre.shape, min(m, seen) - 1
     keep = None if key_mask is None else key_mask.to(k.dtype)[:, None, :, None].expand_as(k[..., :1])
     rows = torch.cat((k, torch.ones_like(k[..., :1])) if keep is None else (k * keep, keep), dim=-1)

@@ -1,0 +1,50 @@
+"""Triton kernels for CUDA devices, each with the signature and results of a plain function beside it, which is its reference.
+
+`chosen` says whether a tensor goes to them. Nothing here waits for the device, so that calls can be captured in a CUDA graph.
+"""
+
+from __future__ import annotations
+
+import logging
+from functools import cache
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+WIDEST = 256  # of a head
+CAPABILITY = (8, 0)  # the first devices with bfloat16 matrix units
+
+log = logging.getLogger("sbpatch")
+
+
+def chosen(x: Tensor) -> bool:
+    """Whether kernels compute from x (..., width); where they decline on a CUDA device, the log says so, once a reason.
+
+    Exported files have to run without them.
+    """
+    if not x.is_cuda or torch.compiler.is_exporting():
+        return False
+    reason = _reason(x.dtype, x.shape[-1], x.device.index)
+    if reason:
+        _say(reason)
+    return not reason
+
+
+@cache
+def _reason(dtype: torch.dtype, width: int, device: int) -> str:
+    if find_spec("triton") is None:
+        return "triton is not installed: pip install 'sbpatch[gpu]'"
+    if torch.cuda.get_device_capability(device) < CAPABILITY:
+        return f"the kernels need compute capability {CAPABILITY[0]}.{CAPABILITY[1]}"
+    if dtype not in DTYPES:
+        return f"the kernels take float32, bfloat16 and float16, not {dtype}"
+    if width > WIDEST:
+        return f"the kernels take heads of up to {WIDEST} numbers, not {width}"
+    return ""
+
+
+@cache
+def _say(reason: str) -> None:
+    log.warning("attention runs in PyTorch's own operations: %s", reason)

@@ -1,0 +1,65 @@
+"""What the Triton kernels share: products of any dtype, and how they are run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def product(a, b, accumulator, PRECISION: tl.constexpr):
+    """a (M, K) @ b (K, N) + accumulator (M, N), float32. "upcast" is for Triton's interpreter, which has no bfloat16 product."""
+    if PRECISION == "upcast":
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), accumulator)
+    else:
+        return tl.dot(a, b, accumulator, input_precision=PRECISION)
+
+
+def precision(dtype: torch.dtype) -> str:
+    """How products of this dtype are formed: float32 by three passes of the matrix units, which lose nothing that counts."""
+    if triton.knobs.runtime.interpret:
+        return "upcast"
+    return "tf32x3" if dtype == torch.float32 else "tf32"
+
+
+def padded(width: int) -> int:
+    """The size of a tile that holds so many rows or columns: a power of two, at least 16 for the matrix units."""
+    return max(16, triton.next_power_of_2(width))
+
+
+def plain_rows(x: Tensor) -> Tensor:
+    """x (B, H, n, d), copied only where a row has gaps or lies too far from the first one for 32 bits."""
+    return x if x.stride(-1) == 1 and x.shape[2] * x.stride(2) < 2**31 else x.contiguous()
+
+
+def differentiable(operator: Any, plain: Callable[..., Any]) -> None:
+    """Give an operator the gradients of its plain form, which the backward pass computes anew from the operator's inputs."""
+
+    def keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.save_for_backward(*(x for x in inputs if isinstance(x, Tensor)))
+        ctx.rest = tuple(None if isinstance(x, Tensor) else (x,) for x in inputs)  # None: a tensor
+
+    def backward(ctx: Any, *of_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
+        saved = iter(ctx.saved_tensors)
+        with torch.enable_grad():
+            inputs = [next(saved).detach() if one is None else one[0] for one in ctx.rest]
+            wanted = [i for i, needed in enumerate(ctx.needs_input_grad) if needed]
+            for i in wanted:
+                inputs[i].requires_grad_()
+            outputs = plain(*inputs)
+            outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+            pairs = [(x, of) for x, of in zip(outputs, of_outputs, strict=True) if of is not None and x.requires_grad]
+            found = torch.autograd.grad(*zip(*pairs, strict=True), [inputs[i] for i in wanted], allow_unused=True)
+        gradients: list[Tensor | None] = [None] * len(inputs)
+        for i, gradient in zip(wanted, found, strict=True):
+            gradients[i] = gradient
+        return tuple(gradients)
+
+    operator.register_autograd(backward, setup_context=keep)
