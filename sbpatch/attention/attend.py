@@ -37,15 +37,15 @@ def attend(
     tiles, low = selection
     if isinstance(low, Landmarks):
         return fused.over_landmarks(q, low, v.dtype)
-    points = low if isinstance(low, Points | Expansion) else None
-    if isinstance(points, Points) and points.ready is not None:  # which points a row may read differs within a tile
-        points = None
     form: ModuleType = fused
     if kernels.chosen(q) and kernels.chosen(v):
-        from .kernels import tiles as form
-    if isinstance(points, Points) and not tiles:
-        return form.over_points(q, points, scale)
-    if len(tiles) == 1 and points is low and (tiles[0].shared or low is None) and not naive:
-        return form.over_tiles(q, k, v, tiles[0], points, scale, key_mask, causal, gain)
+        from .kernels import forms as form
+    if isinstance(low, Expansion):
+        return form.over_blocks(q, k, v, low, scale, gain)
+    simple = low is None or (isinstance(low, Points) and low.ready is None)  # else what a row may read differs in a tile
+    if simple and low is not None and not tiles:
+        return form.over_points(q, low, scale)
+    if simple and len(tiles) == 1 and (tiles[0].shared or low is None) and not naive:
+        return form.over_tiles(q, k, v, tiles[0], low, scale, key_mask, causal, gain)
     sums = pairwise.split(q, k, v, selection, scale, key_mask, causal, naive)
     return pairwise.merged(*sums, gain).to(v.dtype)

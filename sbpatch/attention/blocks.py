@@ -19,8 +19,7 @@ from torch import Tensor
 
 from ..errors import SbpatchError
 from . import kernels
-from .core import Expansion, Selection, Tiles, repeated
-from .patterns import blocks as consecutive
+from .core import Expansion, Selection, repeated
 from .registry import Geometry, Joined, register
 
 FIRST = 4
@@ -106,7 +105,7 @@ class Blocks(Joined):
         if kernels.chosen(q):
             from .kernels.blocks import stretch_means
 
-            return stretch_means(q, key_mask, self.tile, key_heads)
+            return stretch_means(q, key_mask, self.tile, key_heads, 0)
         n, split = q.shape[2], (-1, self.tile)
         if key_mask is not None:
             q = q * key_mask[:, None, :, None]
@@ -117,56 +116,32 @@ class Blocks(Joined):
         return summed / count.clamp(min=1)
 
     def _expansion(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, scale: float) -> Expansion:
-        n = k.shape[2]
-        shape = (self._count(n), self.block)
+        shape = (self._count(k.shape[2]), self.block)
         used = shape[0] * self.block  # the latest keys are near, or in the tile itself
         key, value = (x[:, :, :used].unflatten(2, shape) for x in (k, v))
-        valid = torch.arange(used, device=k.device).view(1, 1, *shape) >= self.first
-        if key_mask is not None:
-            valid = valid & key_mask[:, None, :used].unflatten(2, shape)
         about = self._about(q, k.shape[1], key_mask) * scale
-        low = Expansion(key, value, valid, about, about, self.tile, self.before)
+        low = Expansion(key, value, about, about, self.tile, self.before, self.first, key_mask)
         return low._replace(exact=self._best(low))
 
     def _best(self, low: Expansion) -> Tensor:
         """The best blocks of those before each tile's near keys, best first, (B, H, T, blocks); m where there are too few."""
-        about, key, valid = low.about, low.key, low.valid
-        score = about.detach() @ self._means(key.detach(), valid).mT
-        late = torch.arange(score.shape[-1], device=key.device) >= low.counts()[:, None]
-        score = score.masked_fill(late | ~valid.any(-1)[:, :, None], -torch.inf)
-        best, index = score.topk(min(self.blocks, score.shape[-1]), dim=-1)
-        return index.masked_fill(best == -torch.inf, score.shape[-1])
+        key, count = low.key.detach(), low.key.shape[2]
+        if kernels.chosen(key) and 0 < count <= kernels.MOST_BLOCKS:
+            from .kernels.blocks import best_blocks, stretch_means
 
-    def _means(self, key: Tensor, valid: Tensor) -> Tensor:
-        """The mean key of each block, (B, H, m, d) float32."""
-        if kernels.chosen(key):
-            from .kernels.blocks import stretch_means
-
-            return stretch_means(key.flatten(2, 3), valid.flatten(1), self.block, key.shape[1])
+            mean = stretch_means(key.flatten(2, 3), low.key_mask, self.block, key.shape[1], self.first)
+            return best_blocks(low.about.detach(), mean, min(self.blocks, count), self.tile, self.before, self.block)
+        valid = low.valid()
         share = valid / valid.sum(-1, keepdim=True).clamp(min=1)
-        return (share[..., None, :].to(key.dtype) @ key).squeeze(3).float()
-
-    def _tiles(self, best: Tensor, count: int, n: int) -> Tiles:
-        """Lists of keys: the tile itself, near keys, first tokens, and the blocks `best`, of `count`."""
-        device, tiles = best.device, best.shape[2]
-        query, place = consecutive(tiles, self.tile, n, device)
-        start = self.tile * torch.arange(tiles, device=device)[:, None]  # (T, 1)
-        own = start + torch.arange(self.tile, device=device)
-        near = start + torch.arange(-min(self.before, n), 0, device=device)
-        first = torch.arange(min(self.first, n), device=device).expand(len(start), -1)
-        chosen = (best[..., None] * self.block + torch.arange(self.block, device=device)).flatten(-2)  # (B, H, T, p c)
-        taken = (best < count).repeat_interleave(self.block, -1) & (
-            chosen >= first.shape[-1]
-        )  # a first token counts once
-        listed = [own, near, first, chosen]
-        valid = [own < n, near >= 0, first < start - self.before, taken]
-        lead = best.shape[:2]
-        key, keep = (torch.cat([x.expand(*lead, -1, -1) for x in every], dim=-1) for every in (listed, valid))
-        return Tiles(query, key.clamp(0, n - 1), keep[..., None, :], place, diagonal=True)
+        mean = (share[..., None, :].to(key.dtype) @ key).squeeze(3).float()  # (B, H, m, d)
+        score = low.about.detach() @ mean.mT
+        late = torch.arange(count, device=key.device) >= low.counts()[:, None]
+        score = score.masked_fill(late | ~valid.any(-1)[:, :, None], -torch.inf)
+        best, index = score.topk(min(self.blocks, count), dim=-1)
+        return index.masked_fill(best == -torch.inf, count)
 
     def select(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, scale: float) -> Selection:
-        low = self._expansion(q, k, v, key_mask, scale)
-        return Selection([self._tiles(low.exact, low.key.shape[2], k.shape[2])], low if low.key.shape[2] else None)
+        return Selection([], self._expansion(q, k, v, key_mask, scale))
 
     # -- the definition ----------------------------------------------------------------------------------------------
 
@@ -197,7 +172,7 @@ class Blocks(Joined):
             rows = slice(t * self.tile, (t + 1) * self.tile)
             for m in range(count):
                 keys = slice(m * self.block, (m + 1) * self.block)
-                hidden = ~low.valid[:, :, m]  # (1 or B, 1, c)
+                hidden = ~low.valid()[:, :, m]  # (1 or B, 1, c)
                 logits = (key[:, :, keys] @ about[:, :, t, :, None]).squeeze(-1).masked_fill(hidden, -torch.inf)
                 p = logits.softmax(-1).nan_to_num(0.0)  # (B, H, c)
                 point = (p[..., None] * key[:, :, keys]).sum(2, keepdim=True)

@@ -43,15 +43,20 @@ class Points(NamedTuple):
 
 
 class Expansion(NamedTuple):
-    """m blocks of c keys, each a point of its own for each of T tiles (see expansion.py). H may be key heads."""
+    """Causal: tiles of queries that read stretches of keys exactly, and blocks of keys as points (see expansion.py).
+
+    Each of T tiles reads itself, the `near` keys before it, the `first` tokens, and some of the m blocks of c keys that lie
+    before its near keys; each other of these blocks is a point of its own for the tile. H may be key heads.
+    """
 
     key: Tensor  # (B, H, m, c, d)
     value: Tensor  # (B, H, m, c, e)
-    valid: Tensor  # (1 or B, 1, m, c) bool: keys that a point stands for
     about: Tensor  # (B, H, T, d): scale times the mean query of each tile
     exact: Tensor  # (B, H, T, p) int64: blocks that the tile reads key by key, and not as points; m: none
     tile: int  # queries of a tile
-    near: int  # keys before a tile that no point of its stands for; the blocks before these are those that it may read
+    near: int
+    first: int
+    key_mask: Tensor | None  # (B, n) bool, True for real keys
 
     @property
     def past(self) -> tuple[int, ...]:
@@ -62,6 +67,13 @@ class Expansion(NamedTuple):
         """The same on the device, (T,) int64, without a copy from the host."""
         start = self.tile * torch.arange(self.about.shape[2], device=self.about.device)
         return (start - self.near).clamp(min=0) // self.key.shape[3]
+
+    def valid(self) -> Tensor:
+        """Keys that a point stands for, (1 or B, 1, m, c) bool: real ones behind the first tokens."""
+        shape = self.key.shape[2:4]
+        used = shape[0] * shape[1]
+        valid = torch.arange(used, device=self.key.device).view(1, 1, *shape) >= self.first
+        return valid if self.key_mask is None else valid & self.key_mask[:, None, :used].unflatten(2, shape)
 
 
 class Features(NamedTuple):

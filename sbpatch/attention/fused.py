@@ -108,6 +108,12 @@ def over_tiles(
     return out[:, :, :n]
 
 
+def over_blocks(q: Tensor, k: Tensor, v: Tensor, low: Expansion, scale: float, gain: Tensor | None) -> Tensor:
+    """Attention of tiles over the keys and points that an expansion gives them; arguments as `attend`."""
+    tiles, points = expansion.listed(low, k.shape[2]), low if low.key.shape[2] else None
+    return over_tiles(q, k, v, tiles, points, scale, low.key_mask, True, gain)
+
+
 def places(tiles: Tiles) -> Tensor:
     """The rows of the output that each tile's queries are, (..., T, g); n at a padding slot."""
     (many, size), n = tiles.query.shape[-2:], tiles.slot.shape[-1]

@@ -52,7 +52,8 @@ def split(
     summary = None if low_rank is None or expanded is not None else _summary(low_rank, q, v, scale, causal)
     exact: Sums | None = None
     covered: tuple[Tensor, Tensor] | None = None
-    for tiles in selection.tiles:
+    rounds = selection.tiles if expanded is None else [expansion.listed(expanded, k.shape[2])]
+    for tiles in rounds:
         parts = [
             _tile_sums(part, q, k, v, key_mask, causal, None if naive else summary)
             for part in _split_tiles(_for_heads(tiles, q.shape[1]), TILE_ENTRIES)
@@ -64,7 +65,7 @@ def split(
         if low:
             covered = (low[0], low[1]) if covered is None else (covered[0] + low[0], covered[1] + low[1])
     if expanded is not None:
-        return exact, _expansion_sums(expanded, selection.tiles[0], q, scale)
+        return exact, _expansion_sums(expanded, rounds[0], q, scale) if expanded.key.shape[2] else None
     if summary is None:
         return exact, None
     return exact, summary.sums if covered is None else _remainder(summary.sums, covered)
