@@ -105,7 +105,7 @@ class Blocks(Joined):
         if kernels.chosen(q):
             from .kernels.blocks import stretch_means
 
-            return stretch_means(q, key_mask, self.tile, key_heads, 0)
+            return stretch_means(q, key_mask, self.tile, key_heads, 0)[0]
         n, split = q.shape[2], (-1, self.tile)
         if key_mask is not None:
             q = q * key_mask[:, None, :, None]
@@ -129,8 +129,8 @@ class Blocks(Joined):
         if kernels.chosen(key) and 0 < count <= kernels.MOST_BLOCKS:
             from .kernels.blocks import best_blocks, stretch_means
 
-            mean = stretch_means(key.flatten(2, 3), low.key_mask, self.block, key.shape[1], self.first)
-            return best_blocks(low.about.detach(), mean, min(self.blocks, count), self.tile, self.before, self.block)
+            mean, keys = stretch_means(key.flatten(2, 3), low.key_mask, self.block, key.shape[1], self.first)
+            return best_blocks(low.about.detach(), mean, keys, min(self.blocks, count), self.tile, self.before, self.block)
         valid = low.valid()
         share = valid / valid.sum(-1, keepdim=True).clamp(min=1)
         mean = (share[..., None, :].to(key.dtype) @ key).squeeze(3).float()  # (B, H, m, d)

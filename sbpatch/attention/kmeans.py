@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -51,7 +51,7 @@ def sums(rows: Tensor, index: Tensor, m: int, keep: Tensor | None = None) -> Ten
     if kernels.chosen(rows):
         from .kernels.clusters import cluster_sums
 
-        return cluster_sums(rows, index if keep is None else index.masked_fill(keep == 0, m), m)
+        return cluster_sums(rows, index, None if keep is None else keep[:, 0] > 0, m)[0]
     wide = torch.promote_types(rows.dtype, torch.float32)
     total = torch.zeros(batch * heads, m, e, dtype=wide, device=rows.device)
     for part, where in _chunks(rows, index, keep):
@@ -68,7 +68,7 @@ def added(total: Tensor, rows: Tensor, index: Tensor) -> Tensor:
     if kernels.chosen(rows):
         from .kernels.clusters import cluster_sums
 
-        return total + cluster_sums(rows[None], index[None], m)[0]
+        return total + cluster_sums(rows[None], index[None], None, m)[0][0]
     if rows.is_cuda:
         one_hot = rows.new_zeros(*index.shape, m).scatter(-1, index[..., None], 1.0)
         return total + one_hot.mT @ rows
@@ -125,23 +125,41 @@ def lloyd(k: Tensor, key_mask: Tensor | None, m: int, steps: int) -> Tensor:
         if key_mask is not None:  # fewer real keys than that: as if the padding were not there
             key_mask = torch.arange(seen, device=k.device) < key_mask.sum(-1, keepdim=True)
     wide = torch.promote_types(k.dtype, torch.float32)
-    k, centre = k.to(wide), centre.to(wide)
+    centre, members = centre.to(wide), _members(k, m, key_mask)
     shape, most = centre.shape, min(m, seen) - 1
-    keep = None if key_mask is None else key_mask.to(k.dtype)[:, None, :, None].expand_as(k[..., :1])
-    rows = torch.cat((k, torch.ones_like(k[..., :1])) if keep is None else (k * keep, keep), dim=-1)
-    square = torch.linalg.vector_norm(k, dim=-1).square()
-    k = rows[..., :-1]  # a large sample is held once
+    square = torch.linalg.vector_norm(k, dim=-1, dtype=wide).square()
     for _ in range(steps):
         index, score = nearest(k, centre)
-        total = added(rows.new_zeros(*shape[:3], shape[-1] + 1).flatten(0, 1), rows.flatten(0, 1), index.flatten(0, 1))
-        total = total.view(*shape[:3], -1)  # sums of the keys and their count
+        total, count = members(index)
         distance = torch.sub(square, score, alpha=2)
-        if keep is not None:
-            distance = distance * keep.squeeze(-1)  # padding is at distance 0
+        if key_mask is not None:
+            distance = distance * key_mask[:, None]  # padding is at distance 0
         farthest, far = distance.topk(most + 1, dim=-1)  # (B, H, m)
-        empty = total[..., -1:] == 0
+        empty = count == 0
         turn = (empty.squeeze(-1).cumsum(-1) - 1).clamp_(0, most)  # the t-th empty cluster takes
         key = far.gather(-1, turn)[..., None].expand(shape)  # the t-th farthest key
-        moved = torch.where(farthest.gather(-1, turn)[..., None] > 0, k.gather(2, key), centre)
-        centre = torch.where(empty, moved, total[..., :-1] / total[..., -1:])
+        moved = torch.where(farthest.gather(-1, turn)[..., None] > 0, k.gather(2, key).to(wide), centre)
+        centre = torch.where(empty, moved, total / count)
     return centre
+
+
+def _members(k: Tensor, m: int, key_mask: Tensor | None) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    """A function from each key's cluster to the sums of their keys (B, H, m, d) and their counts (B, H, m, 1)."""
+    if kernels.chosen(k):
+        from .kernels.clusters import cluster_sums
+
+        def on_device(index: Tensor) -> tuple[Tensor, Tensor]:
+            total, count = cluster_sums(k, index, key_mask, m)
+            return total, count[..., None]
+
+        return on_device
+    keep = torch.ones_like(k[..., :1]) if key_mask is None else key_mask.to(k.dtype)[:, None, :, None].expand_as(k[..., :1])
+    rows = torch.cat((k if key_mask is None else k * keep, keep), dim=-1)
+    rows = rows.to(torch.promote_types(k.dtype, torch.float32))
+
+    def on_host(index: Tensor) -> tuple[Tensor, Tensor]:
+        empty = rows.new_zeros(index.shape[0] * index.shape[1], m, rows.shape[-1])
+        total = added(empty, rows.flatten(0, 1), index.flatten(0, 1)).unflatten(0, index.shape[:2])
+        return total[..., :-1], total[..., -1:]
+
+    return on_host

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import torch
@@ -22,6 +23,17 @@ def product(a, b, accumulator, PRECISION: tl.constexpr):
         return tl.dot(a, b, accumulator, input_precision=PRECISION)
 
 
+@triton.jit
+def online(accumulator, top, total, logits, scale, value, PRECISION: tl.constexpr):
+    """Online softmax: merge logits (M, N), to be scaled to units of ln 2, and value (N, E) into the sums so far times 2^-top."""
+    highest = tl.maximum(top, tl.max(logits, 1) * scale)
+    shift = tl.where(highest == float("-inf"), 0.0, highest)
+    weight = tl.exp2(logits * scale - shift[:, None])
+    fade = tl.exp2(top - shift)
+    accumulator = product(weight.to(value.dtype), value, accumulator * fade[:, None], PRECISION)
+    return accumulator, highest, total * fade + tl.sum(weight, 1)
+
+
 def precision(dtype: torch.dtype) -> str:
     """How products of this dtype are formed: float32 by three passes of the matrix units, which lose nothing that counts."""
     if triton.knobs.runtime.interpret:
@@ -39,7 +51,31 @@ def plain_rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 and x.shape[2] * x.stride(2) < 2**31 else x.contiguous()
 
 
-def differentiable(operator: Any, plain: Callable[..., Any]) -> None:
+def operator(
+    name: str, fake: Callable[..., Any], plain: Callable[..., Any] | None
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register a function as an operator that compilation and export see as one: its shapes by `fake`, gradients by `plain`.
+
+    Where neither is at work the function is called as it is, which saves the dispatch, longer than a small kernel runs.
+    """
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        registered = torch.library.custom_op(f"sbpatch::{name}", function, mutates_args=())
+        registered.register_fake(fake)
+        if plain is not None:
+            _differentiable(registered, plain)
+
+        @wraps(function)
+        def call(*args: Any) -> Any:
+            grad = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args)
+            return registered(*args) if grad or torch.compiler.is_compiling() else function(*args)
+
+        return call
+
+    return decorate
+
+
+def _differentiable(operator: Any, plain: Callable[..., Any]) -> None:
     """Give an operator the gradients of its plain form, which the backward pass computes anew from the operator's inputs."""
 
     def keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

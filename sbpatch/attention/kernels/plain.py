@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..core import repeated, take
+from .. import expansion
+from ..core import Expansion, repeated, take
+from ..fused import places
 
-LEAST = -200.0  # ln p below which a key adds nothing to the entropy, not even its gradient
 LOWEST = torch.finfo(torch.float32).min
 
 
@@ -31,7 +32,6 @@ def attend_tiles(
     scale: float,
     causal: bool,
 ) -> Tensor:
-    """The first result alone: (B, H, n, e)."""
     (batch, heads, n, _), key_heads = q.shape, k.shape[1]
     query, place, key = (x.expand(batch, key_heads, -1, -1) for x in (query, place, key))
     keep = valid.expand(batch, key_heads, -1, query.shape[-1], -1)
@@ -61,31 +61,48 @@ def attend_tiles(
     return out.scatter(2, index, found.flatten(2, 3))[:, :, :n].to(v.dtype)
 
 
-def stretch_means(x: Tensor, mask: Tensor | None, size: int, heads: int) -> Tensor:
+def attend_points(q: Tensor, key: Tensor, value: Tensor, bias: Tensor, scale: float) -> Tensor:
+    key, value, bias = (repeated(x, q.shape[1]).float() for x in (key, value, bias))
+    logits = q.float() @ key.mT * scale + bias[..., None, :]
+    return (logits.softmax(-1) @ value).to(q.dtype)
+
+
+def attend_blocks(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, exact: Tensor, point_key: Tensor, point_value: Tensor,
+    point_bias: Tensor, gain: Tensor | None, scale: float, tile: int, near: int, first: int, block: int,
+) -> Tensor:  # fmt: skip
+    n, shape = k.shape[2], (point_bias.shape[-1], block)
+    key, value = (x[:, :, : shape[0] * block].unflatten(2, shape) for x in (k, v))
+    low = Expansion(key, value, exact, exact, tile, near, first, mask)  # where the tiles' queries lie, lists do not need
+    tiles = expansion.listed(low, n)
+    bias = point_bias if gain is None else point_bias + gain[:, None, None]
+    return attend_tiles(
+        q, k, v, tiles.query, places(tiles), tiles.key, tiles.valid, mask, point_key, point_value, bias, low.counts(),
+        scale, True,
+    )  # fmt: skip
+
+
+def stretch_means(x: Tensor, mask: Tensor | None, size: int, heads: int, first: int) -> tuple[Tensor, Tensor]:
     n = x.shape[2]
-    real = torch.ones(1, n, device=x.device) if mask is None else mask.float()
+    real = (torch.arange(n, device=x.device) >= first).expand(len(x), -1)
+    real = (real if mask is None else real & mask[:, :n]).float()
     over = -n % size
     kept = F.pad(x.float() * real[:, None, :, None], (0, 0, 0, over)).unflatten(2, (-1, size)).sum(3)
+    count = F.pad(real, (0, over)).unflatten(1, (-1, size)).sum(2)  # (B, s)
     summed = kept.unflatten(1, (heads, -1)).sum(2)
-    count = F.pad(real, (0, over)).unflatten(1, (-1, size)).sum(2)[:, None, :, None] * (x.shape[1] // heads)
-    return summed / count.clamp(min=1)
+    return summed / (count[:, None, :, None] * (x.shape[1] // heads)).clamp(min=1), count
 
 
 def block_points(
-    about: Tensor, key: Tensor, value: Tensor, valid: Tensor, exact: Tensor, tile: int, near: int
+    about: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, exact: Tensor, tile: int, near: int, first: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    tiles, blocks, size = about.shape[2], *key.shape[2:4]
-    logits = torch.einsum("bhmcd,bhtd->bhtmc", key.float(), about).masked_fill(~valid[:, :, None], LOWEST)
-    log_p = logits.log_softmax(-1)
-    p = log_p.exp()
-    bias = -(p * log_p.clamp(min=LEAST)).sum(-1)
-    start = tile * torch.arange(tiles, device=about.device)
-    read = torch.arange(blocks + 1, device=about.device) < ((start - near).clamp(min=0) // size)[:, None]
-    read = read.expand(*exact.shape[:3], -1).scatter(-1, exact.clamp(max=blocks), False)[..., :blocks]
-    found = (torch.einsum("bhtmc,bhmcx->bhtmx", p, x.float()).to(x.dtype) for x in (key, value))
-    return (*found, bias.masked_fill(~(read & valid.any(-1)[:, :, None]), -torch.inf))  # type: ignore[return-value]
+    low = Expansion(key, value, about, exact, tile, near, first, mask)
+    point_key, point_value, bias = expansion.points(low, slice(None), key.shape[2])
+    return point_key.to(key.dtype), point_value.to(value.dtype), bias
 
 
-def cluster_sums(rows: Tensor, index: Tensor, many: int) -> Tensor:
-    member = F.one_hot(index.clamp(max=many), many + 1)[..., :many].float()
-    return member.mT @ rows.float()
+def cluster_sums(rows: Tensor, index: Tensor, mask: Tensor | None, many: int) -> tuple[Tensor, Tensor]:
+    member = F.one_hot(index, many).float()
+    if mask is not None:
+        member = member * mask[:, None, :, None]
+    return member.mT @ rows.float(), member.sum(2)

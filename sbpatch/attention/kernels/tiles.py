@@ -18,31 +18,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..core import Expansion, Points, Tiles
-from ..fused import lists, places, remainder
-from ..patterns import blocks as consecutive
 from . import plain
-from .blocks import block_points
-from .common import LOG2_E, differentiable, padded, plain_rows, precision, product
+from .common import LOG2_E, online, operator, padded, plain_rows, precision, product
 
-ROWS = 128  # queries of a tile, where all read the same points
-
-
-
-@triton.jit
-def _step(accumulator, top, total, logits, value, PRECISION: tl.constexpr):
-    """Online softmax: merge logits (M, N), in units of ln 2, and value (N, E) into the sums so far, scaled by 2^-top."""
-    highest = tl.maximum(top, tl.max(logits, 1))
-    shift = tl.where(highest == float("-inf"), 0.0, highest)
-    weight = tl.exp2(logits - shift[:, None])
-    fade = tl.exp2(top - shift)
-    accumulator = product(weight.to(value.dtype), value, accumulator * fade[:, None], PRECISION)
-    return accumulator, highest, total * fade + tl.sum(weight, 1)
 
 
 @triton.jit
 def _attend(
-    q, k, v, query, place, key, valid, mask, point_key, point_value, point_bias, counts, out, log_sum,
+    q, k, v, query, place, key, valid, mask, point_key, point_value, point_bias, counts, out,
     scale, group, size, listed, width, width_v, n, key_heads, row_blocks,
     q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n,
     query_b, query_h, query_t, query_g, place_b, place_h, place_t, place_g,
@@ -82,7 +65,7 @@ def _attend(
         if MASKED:
             keep = keep & (tl.load(mask + batch * mask_b + index) != 0)
         keys = tl.load(k + index[None, :] * k_n + d[:, None], mask=in_d[:, None], other=0.0)  # (d, N)
-        logits = product(queries, keys, tl.zeros([BLOCK_M, BLOCK_N], tl.float32), PRECISION) * scale
+        logits = product(queries, keys, tl.zeros([BLOCK_M, BLOCK_N], tl.float32), PRECISION)
         logits = tl.where(keep[None, :], logits, float("-inf"))
         if BY_QUERY:
             pairs = valid + slot[:, None] * valid_g + column[None, :] * valid_l
@@ -90,7 +73,7 @@ def _attend(
         if CAUSAL:
             logits = tl.where(index[None, :] <= at[:, None], logits, float("-inf"))
         values = tl.load(v + index[:, None] * v_n + e[None, :], mask=in_e[None, :], other=0.0)  # (N, e)
-        accumulator, top, total = _step(accumulator, top, total, logits, values, PRECISION)
+        accumulator, top, total = online(accumulator, top, total, logits, scale, values, PRECISION)
 
     if POINTS:
         many = tl.load(counts + tile)
@@ -109,14 +92,12 @@ def _attend(
                 point_value + column[:, None] * point_value_m + e[None, :],
                 mask=inside[:, None] & in_e[None, :], other=0.0,
             )  # fmt: skip
-            accumulator, top, total = _step(accumulator, top, total, logits, values, PRECISION)
+            accumulator, top, total = online(accumulator, top, total, logits, 1.0, values, PRECISION)
 
     found = accumulator / tl.where(total == 0.0, 1.0, total)[:, None]
     written = live & (to < n)
     where = out + batch * out_b + head[:, None] * out_h + to[:, None] * out_n + e[None, :]
     tl.store(where, found.to(out.dtype.element_ty), mask=written[:, None] & in_e[None, :])
-    heads = key_heads * group
-    tl.store(log_sum + (batch * heads + head) * n + to, top + tl.log2(total), mask=written)
 
 
 def _settings(width: int, rows: int) -> dict[str, int]:
@@ -130,7 +111,16 @@ def _settings(width: int, rows: int) -> dict[str, int]:
     }
 
 
-@torch.library.custom_op("sbpatch::attend_tiles", mutates_args=())
+def _shapes(
+    q: Tensor, k: Tensor, v: Tensor, query: Tensor, place: Tensor, key: Tensor, valid: Tensor, key_mask: Tensor | None,
+    point_key: Tensor | None, point_value: Tensor | None, point_bias: Tensor | None, counts: Tensor | None,
+    scale: float, causal: bool,
+) -> Tensor:  # fmt: skip
+    (batch, heads, n, _), width = q.shape, v.shape[-1]
+    return v.new_empty(batch, n, heads, width).transpose(1, 2)
+
+
+@operator("attend_tiles", _shapes, plain.attend_tiles)
 def attend_tiles(
     q: Tensor,
     k: Tensor,
@@ -146,7 +136,7 @@ def attend_tiles(
     counts: Tensor | None,
     scale: float,
     causal: bool,
-) -> tuple[Tensor, Tensor]:
+) -> Tensor:
     """Attention of all tiles over their keys and points.
 
     Args:
@@ -158,13 +148,12 @@ def attend_tiles(
         counts: (T,) int64, how many points each tile reads, the first ones.
 
     Returns:
-        (B, H, n, e), laid out as by SDPA; and by row log2 of the sum of exponentials, (B, H, n) float32.
+        (B, H, n, e), laid out as by SDPA.
     """
     (batch, heads, n, width), (key_heads, width_v) = q.shape, (k.shape[1], v.shape[-1])
     tiles, size = query.shape[-2:]
     group, lead = heads // key_heads, (batch, key_heads, tiles)
     out = v.new_empty(batch, n, heads, width_v).transpose(1, 2)
-    log_sum = torch.empty(batch, heads, n, dtype=torch.float32, device=q.device)
     settings = _settings(width, group * size)
     row_blocks = triton.cdiv(group * size, settings["BLOCK_M"])
     query, place, key = (x.expand(*lead, -1) for x in (query, place, key))
@@ -174,11 +163,11 @@ def attend_tiles(
     pointed = point_key is not None
     if point_key is None or point_value is None or point_bias is None or counts is None:
         point_key = point_value = q[:, :, None]  # never read
-        point_bias, counts = log_sum[:, :, None], query
+        point_bias, counts = q[:, :, None, :, 0], query
     point_key, point_value, point_bias = (x.expand(*lead, *x.shape[3:]) if pointed else x for x in (point_key, point_value, point_bias))
     _attend[(tiles * row_blocks, batch * key_heads)](
         q, k, v, query, place, key, valid, query if key_mask is None else key_mask,
-        point_key, point_value, point_bias, counts, out, log_sum,
+        point_key, point_value, point_bias, counts, out,
         scale * math.log2(math.e), group, size, key.shape[-1], width, width_v, n, key_heads, row_blocks,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *query.stride(), *place.stride(), *key.stride(), *valid.stride(),
         0 if key_mask is None else key_mask.stride(0),
@@ -186,61 +175,4 @@ def attend_tiles(
         CAUSAL=causal, MASKED=key_mask is not None, BY_QUERY=by_query, POINTS=pointed,
         WIDTH=padded(width), WIDTH_V=padded(width_v), PRECISION=precision(q.dtype), **settings,
     )  # fmt: skip
-    return out, log_sum
-
-
-@attend_tiles.register_fake
-def _shapes(
-    q: Tensor, k: Tensor, v: Tensor, query: Tensor, place: Tensor, key: Tensor, valid: Tensor, key_mask: Tensor | None,
-    point_key: Tensor | None, point_value: Tensor | None, point_bias: Tensor | None, counts: Tensor | None,
-    scale: float, causal: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    (batch, heads, n, _), width = q.shape, v.shape[-1]
-    return v.new_empty(batch, n, heads, width).transpose(1, 2), q.new_empty(batch, heads, n, dtype=torch.float32)
-
-
-differentiable(attend_tiles, plain.attend_tiles)
-
-
-def over_points(q: Tensor, points: Points, scale: float) -> Tensor:
-    """As `fused.over_points`: rows in stretches of `ROWS`, no keys, and the same points for all of them."""
-    n, device = q.shape[2], q.device
-    query, slot = consecutive(-(-n // ROWS), ROWS, n, device)
-    none = torch.empty(len(query), 0, dtype=torch.int64, device=device)
-    tiles = Tiles(query, none, none[:, None].bool(), slot)
-    key, value = (x.to(q.dtype)[:, :, None] for x in (points.key, points.value))
-    bias = points.counts.log()[:, :, None]
-    counts = torch.full((len(query),), key.shape[3], device=device)
-    k, v = key[..., 0, :], value[..., 0, :]  # no tile reads any key
-    return attend_tiles(
-        q, k, v, query, places(tiles), none, tiles.valid, None, key, value, bias, counts, scale, False
-    )[0]
-
-
-def over_tiles(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    tiles: Tiles,
-    low: Points | Expansion | None,
-    scale: float,
-    key_mask: Tensor | None,
-    causal: bool,
-    gain: Tensor | None,
-) -> Tensor:
-    """As `fused.over_tiles`, all tiles in one call."""
-    key = value = bias = counts = None
-    if isinstance(low, Expansion):
-        key, value, bias = block_points(low.about, low.key, low.value, low.valid, low.exact, low.tile, low.near)
-        counts = low.counts()
-    elif low is not None:
-        low = low._replace(key=low.key.to(q.dtype))
-        listed, of_list, hidden = lists(k, v, tiles, key_mask)
-        key, value, bias = remainder(low, tiles, hidden[..., 0, :], of_list)
-        value, counts = value.to(q.dtype), torch.full((tiles.query.shape[-2],), key.shape[3], device=q.device)
-    if bias is not None and gain is not None:
-        bias = bias + gain[:, None, None]
-    out, _ = attend_tiles(
-        q, k, v, tiles.query, places(tiles), tiles.key, tiles.valid, key_mask, key, value, bias, counts, scale, causal
-    )
     return out

@@ -1,0 +1,53 @@
+"""The functions of fused.py on a CUDA device: the same arguments and results, each in one call of a kernel."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import expansion
+from ..core import Expansion, Points, Tiles
+from ..fused import lists, places, remainder
+from .blocks import block_points
+from .rows import attend_blocks, attend_points, fits
+from .tiles import attend_tiles
+
+
+def over_points(q: Tensor, points: Points, scale: float) -> Tensor:
+    return attend_points(q, points.key.to(q.dtype), points.value.to(q.dtype), points.counts.log(), scale)
+
+
+def over_blocks(q: Tensor, k: Tensor, v: Tensor, low: Expansion, scale: float, gain: Tensor | None) -> Tensor:
+    block = low.key.shape[3]
+    points = block_points(low.about, low.key, low.value, low.key_mask, low.exact, low.tile, low.near, low.first)
+    if fits(block):
+        return attend_blocks(
+            q, k, v, low.key_mask, low.exact, *points, gain, scale, low.tile, low.near, low.first, block
+        )
+    tiles, bias = expansion.listed(low, k.shape[2]), points[2] if gain is None else points[2] + gain[:, None, None]
+    return attend_tiles(
+        q, k, v, tiles.query, places(tiles), tiles.key, tiles.valid, low.key_mask, *points[:2], bias, low.counts(), scale, True
+    )
+
+
+def over_tiles(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tiles: Tiles,
+    low: Points | None,
+    scale: float,
+    key_mask: Tensor | None,
+    causal: bool,
+    gain: Tensor | None,
+) -> Tensor:
+    key = value = bias = counts = None
+    if low is not None:
+        _, listed, hidden = lists(k, v, tiles, key_mask)
+        low = low._replace(key=low.key.to(q.dtype))
+        key, value, bias = remainder(low, tiles, hidden[..., 0, :], listed)
+        bias = bias if gain is None else bias + gain[:, None, None]
+        value, counts = value.to(q.dtype), torch.full((key.shape[2],), key.shape[3], device=q.device)
+    return attend_tiles(
+        q, k, v, tiles.query, places(tiles), tiles.key, tiles.valid, key_mask, key, value, bias, counts, scale, causal
+    )
