@@ -51,11 +51,8 @@ class Clusters(LowRank):
 
     def select(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, scale: float, joined: bool) -> Points:
         own = self._assigned(k.detach(), key_mask)
-        keep = torch.ones(len(k), 1, k.shape[2], device=k.device) if key_mask is None else key_mask[:, None, :].float()
-        count = kmeans.counts(own, self.rank, keep)
-        mean, value = (
-            kmeans.sums(x, own, self.rank, None if key_mask is None else keep) / count.clamp(min=1) for x in (k, v)
-        )
+        keys, values, count = kmeans.members(k, v, own, self.rank, key_mask)
+        mean, value = (x / count.clamp(min=1) for x in (keys, values))
         return Points(mean * self._sharp(mean), value, count[..., 0], own)
 
     def _sharp(self, x: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ def nearest(k: Tensor, centre: Tensor) -> tuple[Tensor, Tensor]:
     if kernels.chosen(k):
         from .kernels.clusters import nearest_centre
 
-        return nearest_centre(k, centre)
+        return nearest_centre(k, centre)[:2]
     flat = centre.flatten(0, 1)
     bias = flat.square().sum(-1)[:, None]  # (B * H, 1, m)
     found = []
@@ -48,15 +48,23 @@ def counts(index: Tensor, m: int, keep: Tensor) -> Tensor:
 def sums(rows: Tensor, index: Tensor, m: int, keep: Tensor | None = None) -> Tensor:
     """Sum of the rows (B, H, n, e) of each cluster: (B, H, m, e), float32 at least."""
     batch, heads, _, e = rows.shape
-    if kernels.chosen(rows):
-        from .kernels.clusters import cluster_sums
-
-        return cluster_sums(rows, index, None if keep is None else keep[:, 0] > 0, m)[0]
     wide = torch.promote_types(rows.dtype, torch.float32)
     total = torch.zeros(batch * heads, m, e, dtype=wide, device=rows.device)
     for part, where in _chunks(rows, index, keep):
         total = added(total, part.to(wide).flatten(0, 1), where.flatten(0, 1))
     return total.view(batch, heads, m, e)
+
+
+def members(k: Tensor, v: Tensor, index: Tensor, m: int, key_mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Sums of the keys and of the values of each cluster and their number, (B, H, m, d), (B, H, m, e) and (B, H, m, 1)."""
+    if kernels.chosen(k) and kernels.chosen(v):
+        from .kernels.clusters import cluster_sums
+
+        total, number = cluster_sums(k, v, index, key_mask, m)
+        return total[..., : k.shape[-1]], total[..., k.shape[-1] :], number[..., None]
+    real = torch.ones(len(k), 1, k.shape[2], device=k.device) if key_mask is None else key_mask[:, None, :].float()
+    keep = None if key_mask is None else real
+    return sums(k, index, m, keep), sums(v, index, m, keep), counts(index, m, real)
 
 
 def added(total: Tensor, rows: Tensor, index: Tensor) -> Tensor:
@@ -65,10 +73,11 @@ def added(total: Tensor, rows: Tensor, index: Tensor) -> Tensor:
     On a CPU rows are added in their order. On a GPU that would be a race, so there it is a product with the one-hot matrix.
     """
     groups, m, e = total.shape
-    if kernels.chosen(rows):
+    if kernels.chosen(rows[..., : kernels.COLUMNS]):
         from .kernels.clusters import cluster_sums
 
-        return total + cluster_sums(rows[None], index[None], None, m)[0][0]
+        parts = (cluster_sums(x[None], None, index[None], None, m)[0][0] for x in rows.split(kernels.COLUMNS, -1))
+        return total + torch.cat(list(parts), -1)
     if rows.is_cuda:
         one_hot = rows.new_zeros(*index.shape, m).scatter(-1, index[..., None], 1.0)
         return total + one_hot.mT @ rows
@@ -125,15 +134,10 @@ def lloyd(k: Tensor, key_mask: Tensor | None, m: int, steps: int) -> Tensor:
         if key_mask is not None:  # fewer real keys than that: as if the padding were not there
             key_mask = torch.arange(seen, device=k.device) < key_mask.sum(-1, keepdim=True)
     wide = torch.promote_types(k.dtype, torch.float32)
-    centre, members = centre.to(wide), _members(k, m, key_mask)
+    centre, step = centre.to(wide), _step(k, m, key_mask)
     shape, most = centre.shape, min(m, seen) - 1
-    square = torch.linalg.vector_norm(k, dim=-1, dtype=wide).square()
     for _ in range(steps):
-        index, score = nearest(k, centre)
-        total, count = members(index)
-        distance = torch.sub(square, score, alpha=2)
-        if key_mask is not None:
-            distance = distance * key_mask[:, None]  # padding is at distance 0
+        total, count, distance = step(centre)
         farthest, far = distance.topk(most + 1, dim=-1)  # (B, H, m)
         empty = count == 0
         turn = (empty.squeeze(-1).cumsum(-1) - 1).clamp_(0, most)  # the t-th empty cluster takes
@@ -143,23 +147,30 @@ def lloyd(k: Tensor, key_mask: Tensor | None, m: int, steps: int) -> Tensor:
     return centre
 
 
-def _members(k: Tensor, m: int, key_mask: Tensor | None) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-    """A function from each key's cluster to the sums of their keys (B, H, m, d) and their counts (B, H, m, 1)."""
+def _step(k: Tensor, m: int, key_mask: Tensor | None) -> Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]:
+    """A function from centres (B, H, m, d) to the sums (B, H, m, d) and numbers (B, H, m, 1) of the keys that are nearest to
+    each, and the squared distances (B, H, n) of the keys, 0 at padding.
+    """
     if kernels.chosen(k):
-        from .kernels.clusters import cluster_sums
+        from .kernels.clusters import cluster_sums, nearest_centre
 
-        def on_device(index: Tensor) -> tuple[Tensor, Tensor]:
-            total, count = cluster_sums(k, index, key_mask, m)
-            return total, count[..., None]
+        def on_device(centre: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            index, score, square = nearest_centre(k, centre)
+            total, count = cluster_sums(k, None, index, key_mask, m)
+            distance = torch.sub(square, score, alpha=2)
+            return total, count[..., None], distance if key_mask is None else distance * key_mask[:, None]
 
         return on_device
     keep = torch.ones_like(k[..., :1]) if key_mask is None else key_mask.to(k.dtype)[:, None, :, None].expand_as(k[..., :1])
     rows = torch.cat((k if key_mask is None else k * keep, keep), dim=-1)
     rows = rows.to(torch.promote_types(k.dtype, torch.float32))
+    square = torch.linalg.vector_norm(k, dim=-1, dtype=rows.dtype).square()
 
-    def on_host(index: Tensor) -> tuple[Tensor, Tensor]:
+    def on_host(centre: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        index, score = nearest(rows[..., :-1], centre)
         empty = rows.new_zeros(index.shape[0] * index.shape[1], m, rows.shape[-1])
         total = added(empty, rows.flatten(0, 1), index.flatten(0, 1)).unflatten(0, index.shape[:2])
-        return total[..., :-1], total[..., -1:]
+        distance = torch.sub(square, score, alpha=2)
+        return total[..., :-1], total[..., -1:], distance if key_mask is None else distance * keep.squeeze(-1)
 
     return on_host

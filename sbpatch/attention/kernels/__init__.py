@@ -14,6 +14,7 @@ from torch import Tensor
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 WIDEST = 256  # of a head
+COLUMNS = 128  # of rows that are added at once
 MOST_BLOCKS = 512  # that one program ranks
 CAPABILITY = (8, 0)  # the first devices with bfloat16 matrix units
 

@@ -101,8 +101,9 @@ def block_points(
     return point_key.to(key.dtype), point_value.to(value.dtype), bias
 
 
-def cluster_sums(rows: Tensor, index: Tensor, mask: Tensor | None, many: int) -> tuple[Tensor, Tensor]:
+def cluster_sums(a: Tensor, b: Tensor | None, index: Tensor, mask: Tensor | None, many: int) -> tuple[Tensor, Tensor]:
     member = F.one_hot(index, many).float()
     if mask is not None:
         member = member * mask[:, None, :, None]
-    return member.mT @ rows.float(), member.sum(2)
+    rows = a.float() if b is None else torch.cat((a, b), -1).float()
+    return member.mT @ rows, member.sum(2)
