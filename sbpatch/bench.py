@@ -16,7 +16,7 @@ from .candidates import candidates_for
 from .errors import SbpatchError, one_line
 from .evaluate import eager_attention
 from .fidelity import output_error, row_entropy
-from .measure import elapsed_ms, peak_memory_bytes
+from .measure import elapsed_ms, peak_memory_bytes, without_launches
 from .plan import SitePlan
 from .progress import Progress, no_progress
 from .sites import Call, Site
@@ -100,7 +100,8 @@ def automatic(call: Call, site: Site, budget: float, seed: int, moments: Moments
     errors = [float(output_error(call.through(layer), exact, call.key_mask).mean()) for layer in layers]
 
     def quick(work: Callable[[], Tensor]) -> float:
-        return min(elapsed_ms(work, device)[1] for _ in range(3))
+        timed = without_launches(work, device)
+        return min(elapsed_ms(timed, device)[1] for _ in range(3))
 
     limit = quick(call.exact)
     by_error = (layers[i] for i in sorted(range(len(layers)), key=errors.__getitem__))
@@ -116,7 +117,8 @@ def call_rows(
 ) -> list[Row]:
     """One row each for `sdpa`, `eager` and every method, on one call in plain form.
 
-    Time: median of `REPEATS` calls, all taking turns; memory: peak of one call beside its inputs. A method that cannot
+    Time: median of `REPEATS` calls, all taking turns, on CUDA replays of captured graphs, beside which `launched_ms` is one
+    call from Python; memory: peak of one call beside its inputs. A method that cannot
     work here is a row with the reason as `skipped`. Where `auto` finds nothing better, its row is that of `sdpa`.
 
     Args:
@@ -163,17 +165,19 @@ def call_rows(
 def _figures(work: Mapping[str, Callable[[], Tensor]], exact: Tensor, real: Tensor | None) -> dict[str, Row]:
     times: dict[str, list[float]] = {name: [] for name in work}
     errors = {name: float(output_error(run(), exact, real).mean()) for name, run in work.items()}  # also the warm-up
-    names = list(work)
+    names, place = list(work), exact.device
+    timed = {name: without_launches(run, place) for name, run in work.items()}
     for turn in range(REPEATS):
         for i in range(len(names)):
             name = names[(turn + i) % len(names)]  # nobody always goes first
-            times[name].append(elapsed_ms(work[name], exact.device)[1])
+            times[name].append(elapsed_ms(timed[name], place)[1])
     return {
         name: {
             "ms": statistics.median(times[name]),
-            "peak_memory_bytes": peak_memory_bytes(run, exact.device),
+            "peak_memory_bytes": peak_memory_bytes(run, place),
             "output_error": errors[name],
         }
+        | ({"launched_ms": elapsed_ms(run, place)[1]} if place.type == "cuda" else {})
         for name, run in work.items()
     }
 

@@ -157,4 +157,4 @@ def _joined(rows: Sequence[Row]) -> Row:
         "ms": sum(row["ms"] for row in rows),
         "peak_memory_bytes": max(row["peak_memory_bytes"] for row in rows),
         "output_error": statistics.mean(row["output_error"] for row in rows),
-    }
+    } | ({"launched_ms": sum(row["launched_ms"] for row in rows)} if "launched_ms" in rows[0] else {})

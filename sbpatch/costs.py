@@ -21,7 +21,7 @@ from . import __version__
 from .attention import PARTS, Geometry, Scatterbrain
 from .attention.per_head import Exact, Layer
 from .errors import SbpatchError
-from .measure import elapsed_ms
+from .measure import elapsed_ms, without_launches
 
 REPEATS = 5
 ROWS = 1 << 15  # query rows of all heads in a timed call, at most; 8 samples at most
@@ -94,7 +94,8 @@ class CostTable:
     def _measured(self, work: Callable[[], Tensor], repeats: int) -> float:
         if repeats > 1:
             work()
-        return statistics.median(elapsed_ms(work, self.device)[1] for _ in range(repeats))
+        timed = without_launches(work, self.device) if repeats > 1 else work
+        return statistics.median(elapsed_ms(timed, self.device)[1] for _ in range(repeats))
 
     def _key(self, what: str, site: Geometry) -> str:
         heads = f"{site.heads}/{site.key_heads}" if site.key_heads else f"{site.heads}"

@@ -23,6 +23,24 @@ def elapsed_ms(work: Callable[[], Any], device: torch.device) -> tuple[Any, floa
     return result, 1e3 * (time.perf_counter() - start)
 
 
+def without_launches(work: Callable[[], Any], device: torch.device) -> Callable[[], Any]:
+    """On CUDA a replay of `work` as a captured graph: what the device computes, without Python and the launches of kernels.
+
+    On a CPU, and where `work` cannot be captured, `work` itself.
+    """
+    if device.type != "cuda":
+        return work
+    graph = torch.cuda.CUDAGraph()
+    work()  # what is set up at a first call cannot be captured
+    torch.cuda.synchronize(device)
+    try:
+        with torch.cuda.graph(graph):
+            work()
+    except RuntimeError:
+        return work
+    return graph.replay
+
+
 @contextmanager
 def _native_stderr_closed() -> Iterator[None]:
     """The profiler's native library reports its own start, its stop and each missing GPU on standard error."""

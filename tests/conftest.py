@@ -1,4 +1,7 @@
-"""What every test starts from: a fixed global seed, two threads, an own cost table, hypothesis examples that never change."""
+"""What every test starts from: a fixed global seed, two threads, an own cost table, hypothesis examples that never change.
+
+Where there is no GPU, Triton's kernels run in its interpreter, which has to be said before triton is first imported.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,8 @@ settings.register_profile(
 )
 settings.load_profile("sbpatch")
 torch.set_num_threads(2)
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture(scope="session", autouse=True)

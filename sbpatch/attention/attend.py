@@ -42,7 +42,9 @@ def attend(
         from .kernels import forms as form
     if isinstance(low, Expansion):
         return form.over_blocks(q, k, v, low, scale, gain)
-    simple = low is None or (isinstance(low, Points) and low.ready is None)  # else what a row may read differs in a tile
+    simple = low is None or (
+        isinstance(low, Points) and low.ready is None
+    )  # else what a row may read differs in a tile
     if simple and low is not None and not tiles:
         return form.over_points(q, low, scale)
     if simple and len(tiles) == 1 and (tiles[0].shared or low is None) and not naive:

@@ -100,12 +100,12 @@ class Blocks(Joined):
 
     # -- what is read ------------------------------------------------------------------------------------------------
 
-    def _about(self, q: Tensor, key_heads: int, key_mask: Tensor | None) -> Tensor:
-        """The mean query of each tile, over the heads that share keys, (B, H_k, T, d)."""
+    def _about(self, q: Tensor, key_heads: int, key_mask: Tensor | None, scale: float) -> Tensor:
+        """`scale` times the mean query of each tile, over the heads that share keys, (B, H_k, T, d)."""
         if kernels.chosen(q):
             from .kernels.blocks import stretch_means
 
-            return stretch_means(q, key_mask, self.tile, key_heads, 0)[0]
+            return stretch_means(q, key_mask, self.tile, key_heads, 0, scale)[0]
         n, split = q.shape[2], (-1, self.tile)
         if key_mask is not None:
             q = q * key_mask[:, None, :, None]
@@ -113,13 +113,13 @@ class Blocks(Joined):
         real = (q.new_ones(1, n) if key_mask is None else key_mask).float()
         summed = F.pad(q, (0, 0, 0, over)).unflatten(2, split).float().sum(3).unflatten(1, (key_heads, -1)).sum(2)
         count = F.pad(real, (0, over)).unflatten(1, split).sum(2)[:, None, :, None] * (q.shape[1] // key_heads)
-        return summed / count.clamp(min=1)
+        return summed / count.clamp(min=1) * scale
 
     def _expansion(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, scale: float) -> Expansion:
         shape = (self._count(k.shape[2]), self.block)
         used = shape[0] * self.block  # the latest keys are near, or in the tile itself
         key, value = (x[:, :, :used].unflatten(2, shape) for x in (k, v))
-        about = self._about(q, k.shape[1], key_mask) * scale
+        about = self._about(q, k.shape[1], key_mask, scale)
         low = Expansion(key, value, about, about, self.tile, self.before, self.first, key_mask)
         return low._replace(exact=self._best(low))
 
@@ -129,8 +129,10 @@ class Blocks(Joined):
         if kernels.chosen(key) and 0 < count <= kernels.MOST_BLOCKS:
             from .kernels.blocks import best_blocks, stretch_means
 
-            mean, keys = stretch_means(key.flatten(2, 3), low.key_mask, self.block, key.shape[1], self.first)
-            return best_blocks(low.about.detach(), mean, keys, min(self.blocks, count), self.tile, self.before, self.block)
+            mean, keys = stretch_means(key.flatten(2, 3), low.key_mask, self.block, key.shape[1], self.first, 1.0)
+            return best_blocks(
+                low.about.detach(), mean, keys, min(self.blocks, count), self.tile, self.before, self.block
+            )
         valid = low.valid()
         share = valid / valid.sum(-1, keepdim=True).clamp(min=1)
         mean = (share[..., None, :].to(key.dtype) @ key).squeeze(3).float()  # (B, H, m, d)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from . import kernels
+from .core import take
 
 ENTRIES = {"cpu": 1 << 17, "cuda": 1 << 25}  # numbers of one sample's rows that are worked on at once
 CHUNK = 1024  # rows added at once
@@ -134,15 +135,16 @@ def lloyd(k: Tensor, key_mask: Tensor | None, m: int, steps: int) -> Tensor:
         if key_mask is not None:  # fewer real keys than that: as if the padding were not there
             key_mask = torch.arange(seen, device=k.device) < key_mask.sum(-1, keepdim=True)
     wide = torch.promote_types(k.dtype, torch.float32)
-    centre, step = centre.to(wide), _step(k, m, key_mask)
-    shape, most = centre.shape, min(m, seen) - 1
+    k, centre = k.contiguous(), centre.to(wide)  # rows of it are taken in each step
+    step = _step(k, m, key_mask)
+    most = min(m, seen) - 1
     for _ in range(steps):
         total, count, distance = step(centre)
         farthest, far = distance.topk(most + 1, dim=-1)  # (B, H, m)
         empty = count == 0
         turn = (empty.squeeze(-1).cumsum(-1) - 1).clamp_(0, most)  # the t-th empty cluster takes
-        key = far.gather(-1, turn)[..., None].expand(shape)  # the t-th farthest key
-        moved = torch.where(farthest.gather(-1, turn)[..., None] > 0, k.gather(2, key).to(wide), centre)
+        key = take(k, far.gather(-1, turn)[..., None, :]).squeeze(2)  # the t-th farthest key
+        moved = torch.where(farthest.gather(-1, turn)[..., None] > 0, key.to(wide), centre)
         centre = torch.where(empty, moved, total / count)
     return centre
 
@@ -161,7 +163,11 @@ def _step(k: Tensor, m: int, key_mask: Tensor | None) -> Callable[[Tensor], tupl
             return total, count[..., None], distance if key_mask is None else distance * key_mask[:, None]
 
         return on_device
-    keep = torch.ones_like(k[..., :1]) if key_mask is None else key_mask.to(k.dtype)[:, None, :, None].expand_as(k[..., :1])
+    keep = (
+        torch.ones_like(k[..., :1])
+        if key_mask is None
+        else key_mask.to(k.dtype)[:, None, :, None].expand_as(k[..., :1])
+    )
     rows = torch.cat((k if key_mask is None else k * keep, keep), dim=-1)
     rows = rows.to(torch.promote_types(k.dtype, torch.float32))
     square = torch.linalg.vector_norm(k, dim=-1, dtype=rows.dtype).square()

@@ -19,7 +19,7 @@ ROWS = 64  # rows of a stretch that are added at once
 
 @triton.jit
 def _means(
-    x, mask, out, counts, n, size, group, width, stretches, key_heads, first, x_b, x_h, x_n, mask_b,
+    x, mask, out, counts, scale, n, size, group, width, stretches, key_heads, first, x_b, x_h, x_n, mask_b,
     MASKED: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     stretch, batch, head = tl.program_id(0), tl.program_id(1) // key_heads, tl.program_id(1) % key_heads
@@ -38,20 +38,25 @@ def _means(
             rows = tl.load(place + d[None, :], mask=real[:, None] & (d < width)[None, :], other=0.0)
             total += tl.sum(rows.to(tl.float32), 0)
     to = (tl.program_id(1).to(tl.int64) * stretches + stretch) * width
-    tl.store(out + to + d, total / tl.maximum(count * group, 1.0), mask=d < width)
+    tl.store(out + to + d, total * (scale / tl.maximum(count * group, 1.0)), mask=d < width)
     if head == 0:
         tl.store(counts + batch * stretches + stretch, count)
 
 
-def _mean_shapes(x: Tensor, mask: Tensor | None, size: int, heads: int, first: int) -> tuple[Tensor, Tensor]:
+def _mean_shapes(
+    x: Tensor, mask: Tensor | None, size: int, heads: int, first: int, scale: float
+) -> tuple[Tensor, Tensor]:
     batch, stretches = x.shape[0], -(-x.shape[2] // size)
     mean = x.new_empty(batch, heads, stretches, x.shape[-1], dtype=torch.float32)
     return mean, x.new_empty(batch, stretches, dtype=torch.float32)
 
 
 @operator("stretch_means", _mean_shapes, plain.stretch_means)
-def stretch_means(x: Tensor, mask: Tensor | None, size: int, heads: int, first: int) -> tuple[Tensor, Tensor]:
-    """Means of x (B, H, n, d) over stretches of `size` rows, the last one ragged, and over the heads that share one of `heads`.
+def stretch_means(
+    x: Tensor, mask: Tensor | None, size: int, heads: int, first: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    """`scale` times means of x (B, H, n, d) over stretches of `size` rows, the last one ragged, and over the heads that share
+    one of `heads`.
 
     mask: (B, n or more) bool, rows that count; rows before `first` do not. Returns (B, heads, s, d) float32 for
     s = ceil(n / size) stretches, and how many rows of each count, (B, s) float32; the mean of none is zero.
@@ -62,8 +67,8 @@ def stretch_means(x: Tensor, mask: Tensor | None, size: int, heads: int, first: 
     out = torch.empty(batch, heads, stretches, width, dtype=torch.float32, device=x.device)
     counts = torch.empty(batch, stretches, dtype=torch.float32, device=x.device)
     _means[(stretches, batch * heads)](
-        x, x if mask is None else mask, out, counts, n, size, every // heads, width, stretches, heads, first, *x.stride()[:3],
-        0 if mask is None else mask.stride(0), MASKED=mask is not None, ROWS=ROWS, WIDTH=padded(width),
+        x, x if mask is None else mask, out, counts, scale, n, size, every // heads, width, stretches, heads, first,
+        *x.stride()[:3], 0 if mask is None else mask.stride(0), MASKED=mask is not None, ROWS=ROWS, WIDTH=padded(width),
     )  # fmt: skip
     return out, counts
 
@@ -71,36 +76,30 @@ def stretch_means(x: Tensor, mask: Tensor | None, size: int, heads: int, first: 
 @triton.jit
 def _best(
     about, mean, counts, exact, tiles, blocks, width, wanted, tile, near, size, key_heads,
-    about_b, about_h, about_t, mean_b, mean_h, mean_m, counts_b,
     TILES: tl.constexpr, BLOCKS: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    pair = tl.program_id(1)
-    batch, head = (pair // key_heads).to(tl.int64), (pair % key_heads).to(tl.int64)
+    pair = tl.program_id(1).to(tl.int64)
     t, m, d = tl.program_id(0) * TILES + tl.arange(0, TILES), tl.arange(0, BLOCKS), tl.arange(0, WIDTH)
     in_d = d < width
     query = tl.load(
-        about + batch * about_b + head * about_h + t[:, None] * about_t + d[None, :],
-        mask=(t < tiles)[:, None] & in_d[None, :], other=0.0,
-    )  # fmt: skip
+        about + (pair * tiles + t)[:, None] * width + d[None, :], mask=(t < tiles)[:, None] & in_d[None, :], other=0.0
+    )  # (T, d)
     key = tl.load(
-        mean + batch * mean_b + head * mean_h + m[None, :] * mean_m + d[:, None],
-        mask=(m < blocks)[None, :] & in_d[:, None], other=0.0,
+        mean + (pair * blocks + m)[None, :] * width + d[:, None], mask=(m < blocks)[None, :] & in_d[:, None], other=0.0
     )  # (d, m)
     score = product(query, key, tl.zeros([TILES, BLOCKS], tl.float32), PRECISION)
-    filled = tl.load(counts + batch * counts_b + m, mask=m < blocks, other=0.0) > 0
+    filled = tl.load(counts + pair // key_heads * blocks + m, mask=m < blocks, other=0.0) > 0
     past = tl.maximum(t * tile - near, 0) // size
     score = tl.where(filled[None, :] & (m[None, :] < past[:, None]), score, float("-inf"))
     for i in range(0, wanted):
         best = tl.max(score, 1)
         which = tl.argmax(score, 1)
-        to = exact + (pair.to(tl.int64) * tiles + t) * wanted + i
+        to = exact + (pair * tiles + t) * wanted + i
         tl.store(to, tl.where(best == float("-inf"), blocks, which).to(tl.int64), mask=t < tiles)
         score = tl.where(m[None, :] == which[:, None], float("-inf"), score)
 
 
-def _best_shapes(
-    about: Tensor, mean: Tensor, counts: Tensor, wanted: int, tile: int, near: int, size: int
-) -> Tensor:
+def _best_shapes(about: Tensor, mean: Tensor, counts: Tensor, wanted: int, tile: int, near: int, size: int) -> Tensor:
     return about.new_empty(*about.shape[:3], wanted, dtype=torch.int64)
 
 
@@ -115,8 +114,7 @@ def best_blocks(about: Tensor, mean: Tensor, counts: Tensor, wanted: int, tile: 
     exact = torch.empty(batch, heads, tiles, wanted, dtype=torch.int64, device=about.device)
     if wanted:
         _best[(triton.cdiv(tiles, 16), batch * heads)](
-            about, mean, counts, exact, tiles, blocks, width, wanted, tile, near, size, heads,
-            *about.stride()[:3], *mean.stride()[:3], counts.stride(0),
+            about, mean, counts.contiguous(), exact, tiles, blocks, width, wanted, tile, near, size, heads,
             TILES=16, BLOCKS=padded(blocks), WIDTH=padded(width), PRECISION=precision(torch.float32),
         )  # fmt: skip
     return exact
@@ -125,13 +123,12 @@ def best_blocks(about: Tensor, mean: Tensor, counts: Tensor, wanted: int, tile: 
 @triton.jit
 def _points(
     about, k, v, mask, exact, point_key, point_value, bias,
-    tiles, blocks, size, tile, near, first, listed, width, width_v, key_heads, mask_b,
-    about_b, about_h, about_t, k_b, k_h, k_n, v_b, v_h, v_n, exact_b, exact_h, exact_t,
+    tiles, blocks, size, tile, near, first, listed, width, width_v, key_heads, mask_b, k_b, k_h, k_n, v_b, v_h, v_n,
     MASKED: tl.constexpr, TILES: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    block, start, pair = tl.program_id(0), tl.program_id(1) * TILES, tl.program_id(2)
-    batch, head = (pair // key_heads).to(tl.int64), (pair % key_heads).to(tl.int64)
+    block, start, pair = tl.program_id(0), tl.program_id(1) * TILES, tl.program_id(2).to(tl.int64)
+    batch, head = pair // key_heads, pair % key_heads
     last = tl.minimum(start + TILES, tiles) - 1
     if (last * tile - near) // size > block:  # some tile of these may read the block
         t, j, d, e = start + tl.arange(0, TILES), tl.arange(0, SIZE), tl.arange(0, WIDTH), tl.arange(0, WIDTH_V)
@@ -140,7 +137,7 @@ def _points(
         if MASKED:
             real = real & (tl.load(mask + batch * mask_b + row, mask=real, other=0) != 0)
         mine, in_d, in_e = (t < tiles)[:, None], (d < width)[None, :], (e < width_v)[None, :]
-        place = about + batch * about_b + head * about_h + t[:, None] * about_t + d[None, :]
+        place = about + (pair * tiles + t)[:, None] * width + d[None, :]
         mean = tl.load(place, mask=mine & in_d, other=0.0)  # (T, d)
         place = k + batch * k_b + head * k_h + row[:, None] * k_n + d[None, :]
         keys = tl.load(place, mask=real[:, None] & in_d, other=0.0)  # (c, d)
@@ -155,9 +152,9 @@ def _points(
         p = p / tl.where(total == 0.0, 1.0, total)[:, None]
         entropy = tl.where(total == 0.0, float("-inf"), tl.log(tl.maximum(total, 1.0)) - tl.sum(p * logits, 1))
         for i in range(0, listed):
-            read = tl.load(exact + batch * exact_b + head * exact_h + t * exact_t + i, mask=t < tiles, other=-1)
+            read = tl.load(exact + (pair * tiles + t) * listed + i, mask=t < tiles, other=-1)
             entropy = tl.where(read == block, float("-inf"), entropy)
-        to = (pair.to(tl.int64) * tiles + t) * blocks + block
+        to = (pair * tiles + t) * blocks + block
         found = product(p.to(keys.dtype), keys, tl.zeros([TILES, WIDTH], tl.float32), PRECISION)
         tl.store(point_key + to[:, None] * width + d[None, :], found.to(keys.dtype), mask=mine & in_d)
         found = product(p.to(values.dtype), values, tl.zeros([TILES, WIDTH_V], tl.float32), PRECISION)
@@ -194,7 +191,7 @@ def block_points(
         about, k, v, k if mask is None else mask, exact, point_key, point_value, bias,
         tiles, blocks, size, tile, near, first, exact.shape[-1], width, width_v, heads,
         0 if mask is None else mask.stride(0),
-        *about.stride()[:3], *k.stride()[:3], *v.stride()[:3], *exact.stride()[:3],
+        *k.stride()[:3], *v.stride()[:3],
         MASKED=mask is not None, TILES=many, SIZE=padded(size), WIDTH=padded(width), WIDTH_V=padded(width_v),
         PRECISION=precision(k.dtype), num_warps=4 if size <= 128 else 8, num_stages=1,
     )  # fmt: skip

@@ -11,7 +11,7 @@ from . import plain
 from .common import operator, padded, plain_rows, precision, product
 
 KEYS = 128  # keys of a program
-PROGRAMS = 528  # that `cluster_sums` is split into, about: enough to fill a device
+PROGRAMS = 792  # that `cluster_sums` is split into, about: enough to fill a device
 LEAST = 256  # keys of one of them
 
 
@@ -78,8 +78,9 @@ def _sums(
     a += (pair // heads) * a_b + (pair % heads) * a_h
     b += (pair // heads) * b_b + (pair % heads) * b_h
     mask += (pair // heads) * mask_b
-    total_a, count = tl.zeros([CENTRES, WIDTH_A], tl.float32), tl.zeros([CENTRES], tl.float32)
+    total_a = tl.zeros([CENTRES, WIDTH_A], tl.float32)
     total_b = tl.zeros([CENTRES, WIDTH_B], tl.float32)
+    times = tl.zeros([CENTRES, KEYS], tl.float32)  # by place among KEYS: added up once, at the end
     stop = tl.minimum(split * step + step, n)
     later = split * step + tl.arange(0, KEYS)
     following = tl.load(index + later, mask=later < stop, other=-1).to(tl.int32)
@@ -90,23 +91,25 @@ def _sums(
         if MASKED:
             own = tl.where(tl.load(mask + row, mask=row < stop, other=0) != 0, own, -1)
         member = tl.where(own[None, :] == c[:, None], 1.0, 0.0)  # (m, n)
-        count += tl.sum(member, 1)
-        rows = tl.load(a + row[:, None] * a_n + d[None, :], mask=(row < stop)[:, None] & (d < width_a)[None, :], other=0.0)
+        times += member
+        rows = tl.load(
+            a + row[:, None] * a_n + d[None, :], mask=(row < stop)[:, None] & (d < width_a)[None, :], other=0.0
+        )
         total_a = product(member.to(rows.dtype), rows, total_a, PRECISION)
         if BOTH:
-            more = tl.load(b + row[:, None] * b_n + e[None, :], mask=(row < stop)[:, None] & (e < width_b)[None, :], other=0.0)
+            more = tl.load(
+                b + row[:, None] * b_n + e[None, :], mask=(row < stop)[:, None] & (e < width_b)[None, :], other=0.0
+            )
             total_b = product(member.to(more.dtype), more, total_b, PRECISION)
     to = (pair * splits + split) * many + c
     out += to[:, None] * (width_a + width_b)
     tl.store(out + d[None, :], total_a, mask=(c < many)[:, None] & (d < width_a)[None, :])
     if BOTH:
         tl.store(out + width_a + e[None, :], total_b, mask=(c < many)[:, None] & (e < width_b)[None, :])
-    tl.store(counts + to, count, mask=c < many)
+    tl.store(counts + to, tl.sum(times, 1), mask=c < many)
 
 
-def _sum_shapes(
-    a: Tensor, b: Tensor | None, index: Tensor, mask: Tensor | None, many: int
-) -> tuple[Tensor, Tensor]:
+def _sum_shapes(a: Tensor, b: Tensor | None, index: Tensor, mask: Tensor | None, many: int) -> tuple[Tensor, Tensor]:
     width = a.shape[-1] + (0 if b is None else b.shape[-1])
     shapes = (*a.shape[:2], many, width), (*a.shape[:2], many)
     return a.new_empty(shapes[0], dtype=torch.float32), a.new_empty(shapes[1], dtype=torch.float32)
@@ -127,7 +130,7 @@ def cluster_sums(a: Tensor, b: Tensor | None, index: Tensor, mask: Tensor | None
     b = a if b is None else plain_rows(b)
     index = index if index.stride(-1) == 1 else index.contiguous()
     wide = a.dtype == torch.float32 or max(width, width_b) > 64
-    centres, keys = min(64 if wide else 128, padded(many)), 32 if wide else 64
+    centres, keys = min(64, padded(many)), 32 if wide else 64
     programs = triton.cdiv(many, centres) * batch * heads
     splits = max(1, min(triton.cdiv(PROGRAMS, programs), n // LEAST))
     step = triton.cdiv(triton.cdiv(n, splits), keys) * keys
@@ -138,6 +141,6 @@ def cluster_sums(a: Tensor, b: Tensor | None, index: Tensor, mask: Tensor | None
         *a.stride()[:3], *b.stride()[:3], *index.stride()[:2], 0 if mask is None else mask.stride(0),
         BOTH=width_b > 0, MASKED=mask is not None, KEYS=keys, CENTRES=centres, WIDTH_A=padded(width),
         WIDTH_B=padded(width_b) if width_b else 16, PRECISION=precision(a.dtype),
-        num_warps=4 if wide else 8, num_stages=2 if wide else 3,
+        num_warps=4, num_stages=2 if wide else 3,
     )  # fmt: skip
     return (out[:, :, 0], counts[:, :, 0]) if splits == 1 else (out.sum(2), counts.sum(2))

@@ -16,7 +16,7 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def product(a, b, accumulator, PRECISION: tl.constexpr):
-    """a (M, K) @ b (K, N) + accumulator (M, N), float32. "upcast" is for Triton's interpreter, which has no bfloat16 product."""
+    """a (M, K) @ b (K, N) + accumulator (M, N), float32. "upcast": Triton's interpreter has no bfloat16 product."""
     if PRECISION == "upcast":
         return tl.dot(a.to(tl.float32), b.to(tl.float32), accumulator)
     else:
@@ -25,7 +25,7 @@ def product(a, b, accumulator, PRECISION: tl.constexpr):
 
 @triton.jit
 def online(accumulator, top, total, logits, scale, value, PRECISION: tl.constexpr):
-    """Online softmax: merge logits (M, N), to be scaled to units of ln 2, and value (N, E) into the sums so far times 2^-top."""
+    """Online softmax: merge logits (M, N), once scaled in units of ln 2, and value (N, E) into the sums, kept times 2^-top."""
     highest = tl.maximum(top, tl.max(logits, 1) * scale)
     shift = tl.where(highest == float("-inf"), 0.0, highest)
     weight = tl.exp2(logits * scale - shift[:, None])
@@ -92,7 +92,8 @@ def _differentiable(operator: Any, plain: Callable[..., Any]) -> None:
             outputs = plain(*inputs)
             outputs = outputs if isinstance(outputs, tuple) else (outputs,)
             pairs = [(x, of) for x, of in zip(outputs, of_outputs, strict=True) if of is not None and x.requires_grad]
-            found = torch.autograd.grad(*zip(*pairs, strict=True), [inputs[i] for i in wanted], allow_unused=True)
+            known, of_known = zip(*pairs, strict=True)
+            found = torch.autograd.grad(known, [inputs[i] for i in wanted], of_known, allow_unused=True)
         gradients: list[Tensor | None] = [None] * len(inputs)
         for i, gradient in zip(wanted, found, strict=True):
             gradients[i] = gradient

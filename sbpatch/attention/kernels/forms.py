@@ -26,7 +26,19 @@ def over_blocks(q: Tensor, k: Tensor, v: Tensor, low: Expansion, scale: float, g
         )
     tiles, bias = expansion.listed(low, k.shape[2]), points[2] if gain is None else points[2] + gain[:, None, None]
     return attend_tiles(
-        q, k, v, tiles.query, places(tiles), tiles.key, tiles.valid, low.key_mask, *points[:2], bias, low.counts(), scale, True
+        q,
+        k,
+        v,
+        tiles.query,
+        places(tiles),
+        tiles.key,
+        tiles.valid,
+        low.key_mask,
+        *points[:2],
+        bias,
+        low.counts(),
+        scale,
+        True,
     )
 
 

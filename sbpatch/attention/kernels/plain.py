@@ -73,7 +73,9 @@ def attend_blocks(
 ) -> Tensor:  # fmt: skip
     n, shape = k.shape[2], (point_bias.shape[-1], block)
     key, value = (x[:, :, : shape[0] * block].unflatten(2, shape) for x in (k, v))
-    low = Expansion(key, value, exact, exact, tile, near, first, mask)  # where the tiles' queries lie, lists do not need
+    low = Expansion(
+        key, value, exact, exact, tile, near, first, mask
+    )  # where the tiles' queries lie, lists do not need
     tiles = expansion.listed(low, n)
     bias = point_bias if gain is None else point_bias + gain[:, None, None]
     return attend_tiles(
@@ -82,7 +84,9 @@ def attend_blocks(
     )  # fmt: skip
 
 
-def stretch_means(x: Tensor, mask: Tensor | None, size: int, heads: int, first: int) -> tuple[Tensor, Tensor]:
+def stretch_means(
+    x: Tensor, mask: Tensor | None, size: int, heads: int, first: int, scale: float
+) -> tuple[Tensor, Tensor]:
     n = x.shape[2]
     real = (torch.arange(n, device=x.device) >= first).expand(len(x), -1)
     real = (real if mask is None else real & mask[:, :n]).float()
@@ -90,7 +94,7 @@ def stretch_means(x: Tensor, mask: Tensor | None, size: int, heads: int, first: 
     kept = F.pad(x.float() * real[:, None, :, None], (0, 0, 0, over)).unflatten(2, (-1, size)).sum(3)
     count = F.pad(real, (0, over)).unflatten(1, (-1, size)).sum(2)  # (B, s)
     summed = kept.unflatten(1, (heads, -1)).sum(2)
-    return summed / (count[:, None, :, None] * (x.shape[1] // heads)).clamp(min=1), count
+    return scale * summed / (count[:, None, :, None] * (x.shape[1] // heads)).clamp(min=1), count
 
 
 def block_points(

@@ -1,4 +1,4 @@
-"""The Triton kernel for consecutive tiles of queries: points that all of them share, or blocks of the past (attention/blocks.py).
+"""The Triton kernel for consecutive tiles of queries: points that all share, or blocks of the past (attention/blocks.py).
 
 One program computes `BLOCK_M` rows of one tile, the queries of all heads that share its keys side by side. It reads stretches
 of keys, `BLOCK_N` at a time, and needs no lists: near keys and the tile's best blocks, then what needs a mask, the tile itself
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -23,16 +22,19 @@ ROWS = 128  # queries of a tile, where all read the same points
 @triton.jit
 def _rows(
     q, k, v, mask, exact, point_key, point_value, point_bias, gain, out,
-    scale, group, n, tile, near, first, block, blocks, listed, width, width_v, key_heads, row_blocks,
-    q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, mask_b, exact_b, exact_h, exact_t,
-    point_key_b, point_key_h, point_key_t, point_key_m, point_value_b, point_value_h, point_value_t, point_value_m,
-    bias_b, bias_h, bias_t, out_b, out_h, out_n,
+    scale, group, n, tile, near, first, block, blocks, listed, width, width_v, key_heads,
+    q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n,
     KEYS: tl.constexpr, POINTS: tl.constexpr, MASKED: tl.constexpr, GAIN: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    # the last tiles first: they read most
-    t, part = tl.num_programs(0) // row_blocks - 1 - tl.program_id(0) // row_blocks, tl.program_id(0) % row_blocks
-    batch, key_head = (tl.program_id(1) // key_heads).to(tl.int64), (tl.program_id(1) % key_heads).to(tl.int64)
+    row_blocks = tl.cdiv(tile * group, BLOCK_M)
+    tiles = tl.num_programs(0) // row_blocks
+    t, part = (
+        tiles - 1 - tl.program_id(0) // row_blocks,
+        tl.program_id(0) % row_blocks,
+    )  # the last tiles first: they read most
+    pair = tl.program_id(1).to(tl.int64)
+    batch, key_head = pair // key_heads, pair % key_heads
     start = t * tile
     row = part * BLOCK_M + tl.arange(0, BLOCK_M)  # of the tile's tile * group rows, token by token
     at, head = start + row // group, key_head * group + row % group
@@ -49,8 +51,8 @@ def _rows(
     if KEYS:
         k += batch * k_b + key_head * k_h
         v += batch * v_b + key_head * v_h
-        mask += batch * mask_b
-        exact += batch * exact_b + key_head * exact_h + t * exact_t
+        mask += batch * n
+        exact += (pair * tiles + t) * listed
         close, each = (start - past) // BLOCK_N, block // BLOCK_N  # stretches of near keys, and of a block
         for unit in range(0, close + tl.minimum(listed, past // block) * each):
             far = tl.maximum(unit - close, 0)
@@ -58,11 +60,16 @@ def _rows(
             index = tl.where(unit < close, past + unit * BLOCK_N, chosen * block + far % each * BLOCK_N) + j
             keep = (index >= first) | (unit < close)  # the first tokens come by themselves, where they are not near
             if MASKED:
-                keep = keep & (chosen < blocks) & (tl.load(mask + index, mask=index < n, other=0) != 0)
+                keep = keep & (
+                    (unit < close) | (chosen < blocks)
+                )  # there may be fewer blocks with real keys than listed
+                keep = keep & (tl.load(mask + index, mask=index < n, other=0) != 0)
             keys = tl.load(k + index[None, :] * k_n + d[:, None], mask=in_d[:, None] & (index < n)[None, :], other=0.0)
             logits = product(queries, keys, tl.zeros([BLOCK_M, BLOCK_N], tl.float32), PRECISION)
             logits = tl.where(keep[None, :], logits, float("-inf"))
-            values = tl.load(v + index[:, None] * v_n + e[None, :], mask=in_e[None, :] & (index < n)[:, None], other=0.0)
+            values = tl.load(
+                v + index[:, None] * v_n + e[None, :], mask=in_e[None, :] & (index < n)[:, None], other=0.0
+            )
             accumulator, top, total = online(accumulator, top, total, logits, scale, values, PRECISION)
         last = tl.minimum(tl.minimum((part * BLOCK_M + BLOCK_M - 1) // group + 1, tile) + start, n)
         own = (last - start + BLOCK_N - 1) // BLOCK_N
@@ -80,25 +87,26 @@ def _rows(
 
     if POINTS:
         many = past // block if KEYS else blocks
-        point_key += batch * point_key_b + key_head * point_key_h + t.to(tl.int64) * point_key_t
-        point_value += batch * point_value_b + key_head * point_value_h + t.to(tl.int64) * point_value_t
-        point_bias += batch * bias_b + key_head * bias_h + t.to(tl.int64) * bias_t
+        before = (pair * tiles + t) * blocks if KEYS else pair * blocks  # points of other tiles
+        point_key += before * width
+        point_value += before * width_v
+        point_bias += before
         more = tl.load(gain + key_head) * LOG2_E if GAIN else 0.0
         for unit in range(0, many, BLOCK_N):
             index = unit + j
             bias = tl.load(point_bias + index, mask=index < many, other=float("-inf")) * LOG2_E + more
             inside = index < many
             keys = tl.load(
-                point_key + index[None, :] * point_key_m + d[:, None], mask=inside[None, :] & in_d[:, None], other=0.0
+                point_key + index[None, :] * width + d[:, None], mask=inside[None, :] & in_d[:, None], other=0.0
             )
             logits = product(queries, keys, tl.zeros([BLOCK_M, BLOCK_N], tl.float32), PRECISION) * scale + bias[None, :]
             values = tl.load(
-                point_value + index[:, None] * point_value_m + e[None, :], mask=inside[:, None] & in_e[None, :], other=0.0
+                point_value + index[:, None] * width_v + e[None, :], mask=inside[:, None] & in_e[None, :], other=0.0
             )
             accumulator, top, total = online(accumulator, top, total, logits, 1.0, values, PRECISION)
 
     found = accumulator / tl.where(total == 0.0, 1.0, total)[:, None]
-    place = out + batch * out_b + head[:, None] * out_h + at[:, None] * out_n + e[None, :]
+    place = out + ((batch * n + at) * key_heads * group + head)[:, None] * width_v + e[None, :]
     tl.store(place, found.to(out.dtype.element_ty), mask=live[:, None] & in_e[None, :])
 
 
@@ -129,24 +137,26 @@ def _launch(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, exact: Tensor | None, points: tuple[Tensor, Tensor, Tensor],
     gain: Tensor | None, scale: float, lengths: Lengths,
 ) -> Tensor:  # fmt: skip
-    """`points`: key and value (B, H_k, T, m, d or e) and bias (B, H_k, T, m), the last one without gaps."""
-    (batch, heads, n, width), (key_heads, width_v), (key, value, bias) = q.shape, (k.shape[1], v.shape[-1]), points
+    """`points`: key and value (B, H_k, T, m, d or e) and bias (B, H_k, T, m), or without T where all tiles share them.
+
+    Few arguments: each costs a launch more than a microsecond of the host's time.
+    """
+    (batch, heads, n, width), (key_heads, width_v) = q.shape, (k.shape[1], v.shape[-1])
     q, k, v = (plain_rows(x) for x in (q, k, v))
+    key, value, bias = (x.contiguous() for x in points)
     group, tile = heads // key_heads, lengths[0]
     settings = _settings(max(width, width_v), group * tile, lengths[3])
-    row_blocks = triton.cdiv(group * tile, settings["BLOCK_M"])
-    out = v.new_empty(batch, n, heads, width_v).transpose(1, 2)
-    chosen = q if exact is None else exact  # or never read, as below
-    _rows[(triton.cdiv(n, tile) * row_blocks, batch * key_heads)](
-        q, k, v, q if mask is None else mask, chosen, key, value, bias, q if gain is None else gain, out,
-        scale * math.log2(math.e), group, n, *lengths, bias.shape[-1], 0 if exact is None else exact.shape[-1],
-        width, width_v, key_heads, row_blocks,
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], 0 if mask is None else mask.stride(0), *chosen.stride()[:3],
-        *key.stride()[:4], *value.stride()[:4], *bias.stride()[:3], *out.stride()[:3],
+    out = v.new_empty(batch, n, heads, width_v)
+    grid = triton.cdiv(n, tile) * triton.cdiv(group * tile, settings["BLOCK_M"]), batch * key_heads
+    _rows[grid](
+        q, k, v, q if mask is None else mask.contiguous(), q if exact is None else exact.contiguous(), key, value, bias,
+        q if gain is None else gain, out, scale * math.log2(math.e), group, n, *lengths, bias.shape[-1],
+        0 if exact is None else exact.shape[-1], width, width_v, key_heads,
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
         KEYS=exact is not None, POINTS=bias.shape[-1] > 0, MASKED=mask is not None, GAIN=gain is not None,
         WIDTH=padded(width), WIDTH_V=padded(width_v), PRECISION=precision(q.dtype), **settings,
     )  # fmt: skip
-    return out
+    return out.transpose(1, 2)
 
 
 def _of_points(q: Tensor, key: Tensor, value: Tensor, bias: Tensor, scale: float) -> Tensor:
@@ -156,9 +166,7 @@ def _of_points(q: Tensor, key: Tensor, value: Tensor, bias: Tensor, scale: float
 @operator("attend_points", _of_points, plain.attend_points)
 def attend_points(q: Tensor, key: Tensor, value: Tensor, bias: Tensor, scale: float) -> Tensor:
     """q (B, H, n, d), key and value (B, H_k, m, d or e) of its dtype, bias (B, H_k, m) float32 -> (B, H, n, e)."""
-    points = key[:, :, None], value[:, :, None], bias[:, :, None]
-    shared = [x.expand(-1, -1, triton.cdiv(q.shape[2], ROWS), *x.shape[3:]) for x in points]
-    return _launch(q, key, value, None, None, (shared[0], shared[1], shared[2]), None, scale, (ROWS, 0, 0, ROWS))
+    return _launch(q, key, value, None, None, (key, value, bias), None, scale, (ROWS, 0, 0, ROWS))
 
 
 def _of_blocks(
@@ -179,4 +187,4 @@ def attend_blocks(
     nats added to the points' bias -> (B, H, n, e).
     """
     points = point_key, point_value, point_bias
-    return _launch(q, k, v, mask, exact.contiguous(), points, gain, scale, (tile, near, first, block))
+    return _launch(q, k, v, mask, exact, points, gain, scale, (tile, near, first, block))

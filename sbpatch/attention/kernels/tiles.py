@@ -13,14 +13,12 @@ from __future__ import annotations
 
 import math
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from . import plain
 from .common import LOG2_E, online, operator, padded, plain_rows, precision, product
-
 
 
 @triton.jit
@@ -87,7 +85,10 @@ def _attend(
             keys = tl.load(
                 point_key + column[None, :] * point_key_m + d[:, None], mask=inside[None, :] & in_d[:, None], other=0.0
             )
-            logits = product(queries, keys, tl.zeros([BLOCK_M, BLOCK_N], tl.float32), PRECISION) * scale + bias[None, :] * LOG2_E
+            logits = (
+                product(queries, keys, tl.zeros([BLOCK_M, BLOCK_N], tl.float32), PRECISION) * scale
+                + bias[None, :] * LOG2_E
+            )
             values = tl.load(
                 point_value + column[:, None] * point_value_m + e[None, :],
                 mask=inside[:, None] & in_e[None, :], other=0.0,
@@ -164,7 +165,9 @@ def attend_tiles(
     if point_key is None or point_value is None or point_bias is None or counts is None:
         point_key = point_value = q[:, :, None]  # never read
         point_bias, counts = q[:, :, None, :, 0], query
-    point_key, point_value, point_bias = (x.expand(*lead, *x.shape[3:]) if pointed else x for x in (point_key, point_value, point_bias))
+    point_key, point_value, point_bias = (
+        x.expand(*lead, *x.shape[3:]) if pointed else x for x in (point_key, point_value, point_bias)
+    )
     _attend[(tiles * row_blocks, batch * key_heads)](
         q, k, v, query, place, key, valid, query if key_mask is None else key_mask,
         point_key, point_value, point_bias, counts, out,
