@@ -152,9 +152,13 @@ def _joined(rows: Sequence[Row]) -> Row:
     if "chosen" in rows[0]:
         counts = Counter(row["chosen"] for row in rows)
         first["chosen"] = ", ".join(name if len(counts) == 1 else f"{n} {name}" for name, n in counts.most_common())
-    return first | {
-        "budget": statistics.mean(row["budget"] for row in rows),
-        "ms": sum(row["ms"] for row in rows),
-        "peak_memory_bytes": max(row["peak_memory_bytes"] for row in rows),
-        "output_error": statistics.mean(row["output_error"] for row in rows),
-    } | ({"launched_ms": sum(row["launched_ms"] for row in rows)} if "launched_ms" in rows[0] else {})
+    return (
+        first
+        | {
+            "budget": statistics.mean(row["budget"] for row in rows),
+            "ms": sum(row["ms"] for row in rows),
+            "peak_memory_bytes": max(row["peak_memory_bytes"] for row in rows),
+            "output_error": statistics.mean(row["output_error"] for row in rows),
+        }
+        | ({"launched_ms": sum(row["launched_ms"] for row in rows)} if "launched_ms" in rows[0] else {})
+    )

@@ -67,7 +67,8 @@ class Call:
     def plain(self, causal: bool) -> Call:
         """The same call without a mask of pairs: what it says is in `key_mask` and `is_causal`.
 
-        Under compilation and export nothing of the mask's values may be asked, so there it is taken at its word.
+        Where nothing of the mask's values may be asked, under compilation, export and the capture of a CUDA graph, it is
+        taken at its word.
 
         Raises:
             SbpatchError: the call is causal and should not be or the reverse, or its mask says more than padding does.
@@ -78,7 +79,8 @@ class Call:
                 raise SbpatchError(f"attention is called {called}, and was calibrated {not_as}")
             return self
         key_mask = self._key_mask(self.attn_mask)
-        asked = not torch.compiler.is_compiling()
+        captured = self.query.is_cuda and torch.cuda.is_current_stream_capturing()
+        asked = not (torch.compiler.is_compiling() or captured)
         if masks.is_bias(self.attn_mask) or (
             asked and not masks.is_plain(self.attn_mask, key_mask, causal, self.query.shape[-2])
         ):

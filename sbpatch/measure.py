@@ -26,19 +26,29 @@ def elapsed_ms(work: Callable[[], Any], device: torch.device) -> tuple[Any, floa
 def without_launches(work: Callable[[], Any], device: torch.device) -> Callable[[], Any]:
     """On CUDA a replay of `work` as a captured graph: what the device computes, without Python and the launches of kernels.
 
-    On a CPU, and where `work` cannot be captured, `work` itself.
+    On a CPU, and where `work` waits for the device, which no graph can, `work` itself.
     """
-    if device.type != "cuda":
+    if device.type != "cuda" or _waits(work, device):
         return work
     graph = torch.cuda.CUDAGraph()
-    work()  # what is set up at a first call cannot be captured
-    torch.cuda.synchronize(device)
-    try:
-        with torch.cuda.graph(graph):
-            work()
-    except RuntimeError:
-        return work
+    with torch.cuda.graph(graph):
+        work()
     return graph.replay
+
+
+def _waits(work: Callable[[], Any], device: torch.device) -> bool:
+    """Whether `work` synchronises with a CUDA device. A capture that fails would leave the device's generators unusable."""
+    work()  # what is set up at a first call may wait
+    torch.cuda.synchronize(device)
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        work()
+    except RuntimeError:
+        return True
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+    return False
 
 
 @contextmanager

@@ -225,6 +225,7 @@ def bench_command(
     where, kind = device.resolve(), getattr(torch, dtype.value)
     options: dict[str, Any] = {"budget": budget, "seed": seed, "progress": progress_bars(quiet)}
     settings = {"device": evaluate.device_name(where), "dtype": dtype.value, "versions": versions()}
+    replayed = ", replays of CUDA graphs" if where == "cuda" else ""
     if model is None:
         _refuse_without_model(source, data_dir, checkpoint, site, input_size)
         options |= {"heads": heads or 4, "head_dim": head_dim or 64, "batch": batch, "causal": causal}
@@ -236,7 +237,7 @@ def bench_command(
         pairs = _bench_samples(loaded, wanted, source, seed, data_dir, batch, where, kind)
         settings["model"] = subject = loaded.name
         rows = bench_model.bench_model(loaded.model.to(where, kind), pairs, names, pattern=site or "*", **options)
-    title = f"{subject}, {settings['device']}, {dtype.value}"
+    title = f"{subject}, {settings['device']}, {dtype.value}{replayed}"
     if not quiet:
         out.print(bench_report.table(rows, title))
     if plot is not None:

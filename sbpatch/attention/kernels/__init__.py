@@ -16,7 +16,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 WIDEST = 256  # of a head
 COLUMNS = 128  # of rows that are added at once
 MOST_BLOCKS = 512  # that one program ranks
-CAPABILITY = (8, 0)  # the first devices with bfloat16 matrix units
+SHARED_KIB = 227  # of memory a block, which the kernels' sizes were chosen for: those of an H100, H200 or B200
 
 log = logging.getLogger("sbpatch")
 
@@ -38,8 +38,10 @@ def chosen(x: Tensor) -> bool:
 def _reason(dtype: torch.dtype, width: int, device: int) -> str:
     if find_spec("triton") is None:
         return "triton is not installed: pip install 'sbpatch[gpu]'"
-    if torch.cuda.get_device_capability(device) < CAPABILITY:
-        return f"the kernels need compute capability {CAPABILITY[0]}.{CAPABILITY[1]}"
+    found = torch.cuda.get_device_properties(device)
+    shared = found.shared_memory_per_block_optin >> 10  # type: ignore[attr-defined]
+    if shared < SHARED_KIB:
+        return f"the kernels need {SHARED_KIB} KiB of shared memory a block, and {found.name} has {shared}"
     if dtype not in DTYPES:
         return f"the kernels take float32, bfloat16 and float16, not {dtype}"
     if width > WIDEST:
