@@ -5,13 +5,12 @@ sbpatch.patch(model, plan)      # in place; sbpatch.unpatch(model) takes it back
 model = sbpatch.load("patched/")
 """
 
-__version__ = "0.1.0"
-
 from . import interface
 from .calibrate import calibrate
 from .errors import SbpatchError
 from .patch import load, patch, unpatch
 from .plan import Plan
+from .version import __version__ as __version__
 
 __all__ = ["Plan", "SbpatchError", "calibrate", "load", "patch", "unpatch"]
 

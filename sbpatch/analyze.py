@@ -28,10 +28,10 @@ from .analyze_plots import table as table  # the figures for the terminal
 from .attention import Geometry
 from .attention.reference import exact_matrix
 from .attention.robust_pca import robust_pca
+from .checkpoint import Checkpoint
 from .entries import ENTRY_SAMPLES, Case, feature_estimates, process_case, single_entries, sized_layer
 from .errors import SbpatchError
 from .measure import elapsed_ms
-from .models import Checkpoint
 from .oracles import SHARE, SPLITS, both_parts, process_sweep, pure_errors, rank_for, relative
 from .plan import versions
 from .progress import Progress, no_progress

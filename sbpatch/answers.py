@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .checkpoint import Answer
 from .errors import SbpatchError
 from .inputs import Inputs
-from .models import Answer
 
 POSITIONS = 256  # of logits over a vocabulary that are looked at together: whole windows would be copied
 Kept = Mapping[str, np.ndarray]

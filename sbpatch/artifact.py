@@ -11,8 +11,8 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
+from .checkpoint import Checkpoint
 from .errors import SbpatchError
-from .models import Checkpoint
 from .patch import TENSORS_FILE
 from .plan import PLAN_FILE, Plan
 from .report import model_card, plot_plan

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from . import inputs as batch
 from .bench import SHAPE, Moments, Row, call_rows, check_settings, with_speedups
+from .checkpoint import Checkpoint
 from .errors import SbpatchError
 from .fidelity import second_moments
 from .inputs import Inputs
-from .models import Checkpoint
 from .preprocessing import TextPreprocessing
 from .progress import Progress, no_progress
 from .recipe import check_patterns

@@ -24,12 +24,12 @@ from . import inputs as batch
 from .attention import parse_method
 from .candidates import FEW_HEADS, Allocation, Candidate, Objective, built, candidates_for, site_seed
 from .check import Check, check_plan, pick, smallest_that_keeps
+from .checkpoint import Answer
 from .choose import Choice
 from .costs import CostTable, default_path
 from .errors import SbpatchError
 from .inputs import Inputs
 from .journal import Journal
-from .models import Answer
 from .plan import Budget, Decision, Plan, SitePlan
 from .progress import Progress, no_progress
 from .recipe import SiteSetting, check_patterns

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -18,10 +17,9 @@ from .costs import CostTable
 from .errors import SbpatchError
 from .fidelity import output_error
 from .plan import SitePlan
+from .recipe import Allocation, Objective
 from .sensitivity import damages
 
-Objective = Literal["memory", "time"]
-Allocation = Literal["joint", "measured", "entropy", "uniform"]
 FINE, COARSE = 2 ** (1 / 3), 2**0.5  # steps between the budgets tried at a head
 FEW_HEADS = 16  # of all sites together, up to which the steps are fine
 LOWEST, HIGHEST = 1 / 8, 16.0  # budgets tried, in multiples of the one asked for; from 1 / 4 on where steps are fine

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from . import inputs as batch
 from .answers import embedding
 from .calls import Call
+from .checkpoint import Answer
 from .errors import SbpatchError
 from .fidelity import matrix_error, output_error
 from .inputs import Inputs
-from .models import Answer
 from .patch import patch, unpatch
 from .plan import Plan
 from .progress import Progress

@@ -17,10 +17,10 @@ from .answers import Kept, Scores, kept
 from .attention.registry import ALIASES, PARTS
 from .calibrate import calibrate
 from .candidates import Allocation
+from .checkpoint import Answer
 from .errors import SbpatchError
 from .inputs import Inputs, device, run
 from .measure import elapsed_ms
-from .models import Answer
 from .patch import patch, unpatch
 from .plan import Plan
 from .progress import Progress, no_progress

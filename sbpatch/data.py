@@ -20,12 +20,12 @@ from sklearn.model_selection import train_test_split
 from torchvision.datasets.folder import ImageFolder
 
 from .errors import SbpatchError, one_line
+from .hub import hub_or_cache
 from .imagenet import imagenet_val
 from .images import ImageSet, Item, decode, file_item
 from .preprocessing import Preprocessing
 from .samples import batches, strided
 from .texts import is_text
-from .weights import hub_or_cache
 
 __all__ = ["ImageSet", "batches", "digits_split", "open_images", "sample_images"]
 

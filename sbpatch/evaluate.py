@@ -22,12 +22,13 @@ import torch
 from torch import Tensor, nn
 
 from .answers import Kept, Scores, kept
+from .checkpoint import Answer, Checkpoint
 from .errors import SbpatchError
 from .images import ImageSet
 from .inputs import Inputs, count, moved, run, samples
 from .masks import allowed
 from .measure import elapsed_ms, peak_memory_bytes
-from .models import Answer, Checkpoint, load_checkpoint
+from .models import load_checkpoint
 from .patch import patch, read_plan
 from .plan import PLAN_FILE, SitePlan
 from .progress import Progress, no_progress

@@ -14,11 +14,12 @@ from rich.console import Console
 from rich.progress import track
 
 from . import artifact, texts, tokens
+from .checkpoint import Checkpoint
 from .data import open_images, sample_images
 from .errors import SbpatchError
 from .evaluate import check_classes
 from .inputs import Inputs, moved
-from .models import DEMO, Checkpoint, load_checkpoint
+from .models import DEMO, load_checkpoint
 from .plan import Plan
 from .preprocessing import Preprocessing, TextPreprocessing
 from .samples import Samples, batches

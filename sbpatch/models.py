@@ -10,24 +10,24 @@ import difflib
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import timm
 from huggingface_hub import constants as hub
 from timm.data.config import resolve_data_config
 from torch import Tensor, nn
 
+from .checkpoint import Checkpoint
 from .errors import SbpatchError, one_line
-from .preprocessing import Preprocessing, TextPreprocessing
+from .hub import hub_or_cache
+from .preprocessing import Preprocessing
 from .t2t_vit import PATCH, T2TViT, t2t_vit_from_state_dict
 from .weights import (
     LOAD_ERRORS,
     RELEASES,
     file_sha256,
-    hub_or_cache,
     hub_snapshot,
     read_tensors,
     released,
@@ -37,38 +37,6 @@ from .weights import (
 DEMO = "t2t-vit-demo"
 EMBEDDED = (DEMO, "t2t-vit-cifar10")  # trained by recipes/train_*.py, in assets/
 WEIGHTS_SUFFIXES = {".tar", ".pth", ".pt", ".bin", ".safetensors", ".gguf"}
-
-# What `inputs.run` gets from a model: logits of the image's class; of each next token (causal) or of each token; features.
-Answer = Literal["classes", "next-token", "tokens", "features"]
-
-
-@dataclass
-class Checkpoint:
-    """A pretrained model, ready to run: evaluation mode, float32, on the CPU.
-
-    `config` is what a saved `config.json` holds so that `load_checkpoint` can rebuild the model from its directory;
-    where the family is "timm" or "transformers", that library's own loader reads it too. `sha256` is of the weights
-    file, or, where there are several or timm chose the file, of the tensors (`tensors_sha256`).
-    """
-
-    name: str
-    model: nn.Module
-    family: Literal["t2t-vit", "timm", "transformers"]
-    config: dict[str, Any]
-    preprocessing: Preprocessing | TextPreprocessing
-    sha256: str
-    answer: Answer = "classes"
-    processor: Any = None  # of transformers: the tokenizer or image processor that is saved beside the weights
-
-    @property
-    def classes(self) -> int | None:
-        """How many classes the model tells apart; None where it answers with something else."""
-        if self.answer != "classes":
-            return None
-        if self.family == "transformers":
-            return int(cast(Any, self.model.config).num_labels)
-        return int(self.config["classes" if self.family == "t2t-vit" else "num_classes"])
-
 
 def load_checkpoint(name: str, checkpoint: Path | None = None, input_size: int | None = None) -> Checkpoint:
     """Load a pretrained model by name.

@@ -9,9 +9,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from . import sites
 from .errors import SbpatchError
 from .models import load_checkpoint
+from .swap import PatchedSite, restore, swap
 from .plan import PLAN_FILE, Plan, patch_tensors
 
 TENSORS_FILE = "sbpatch.safetensors"
@@ -24,14 +24,14 @@ def patch(model: nn.Module, plan: Plan) -> nn.Module:
         SbpatchError: the plan was made for another model, or the model is patched already.
     """
     first = next(chain(model.parameters(), model.buffers()))  # every model has a tensor
-    layers = {name: sites.PatchedSite(name, layer).to(first.device) for name, layer in plan.layers().items()}
-    sites.swap(model, layers)
+    layers = {name: PatchedSite(name, layer).to(first.device) for name, layer in plan.layers().items()}
+    swap(model, layers)
     return model
 
 
 def unpatch(model: nn.Module) -> nn.Module:
     """Give every patched site its own attention back, in place; returns the model."""
-    sites.restore(model)
+    restore(model)
     return model
 
 

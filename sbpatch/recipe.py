@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from .candidates import Allocation, Objective
 from .errors import SbpatchError
+
+Objective = Literal["memory", "time"]  # what the budget is a share of
+Allocation = Literal["joint", "measured", "entropy", "uniform"]  # the rule that shares it out
 
 
 class SiteSetting(BaseModel):

@@ -17,8 +17,8 @@ from . import inputs as batch
 from .attention import Scatterbrain
 from .attention.per_head import Layer, PerHead
 from .calls import Call
+from .checkpoint import Answer
 from .inputs import Inputs
-from .models import Answer
 from .plan import Plan, patch_tensors
 from .progress import Progress
 from .sensitivity import answer_gradients, damage

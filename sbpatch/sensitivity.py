@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from .answers import embedding
 from .calls import Call
+from .checkpoint import Answer
 from .inputs import Inputs, run
-from .models import Answer
 from .sites import swapped
 
 # Random directions a sample: one answer needs several, or a candidate's damage is mostly the luck of the draw; a text's are

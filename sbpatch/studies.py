@@ -14,6 +14,7 @@ from . import analyze, artifact, bench, bench_model, bench_report, compare, eval
 from .attention import parse_method
 from .bench_model import at_length
 from .candidates import Allocation
+from .checkpoint import Checkpoint
 from .errors import SbpatchError
 from .flags import (
     CheckpointFile,
@@ -41,7 +42,6 @@ from .flags import (
     write_json,
 )  # fmt: skip
 from .inputs import Inputs, moved
-from .models import Checkpoint
 from .plan import versions
 from .preprocessing import TextPreprocessing
 from .samples import Samples, batches

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from .errors import SbpatchError, one_line
-from .weights import hub_or_cache
+from .hub import hub_or_cache
 
 NAMES = ("wikitext-2", "python-docs")
 WIKITEXT = ("Salesforce/wikitext", "wikitext-2-raw-v1")  # on the hub

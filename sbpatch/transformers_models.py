@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
 
+from .checkpoint import Answer, Checkpoint
 from .errors import SbpatchError, one_line
 from .image_processors import image_preprocessing
-from .models import Answer, Checkpoint
 from .preprocessing import AudioPreprocessing, Preprocessing, TextPreprocessing
 from .weights import LOAD_ERRORS, file_sha256, read_tensors, tensors_sha256
 

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from . import inputs as batch
 from .calls import Call
 from .candidates import Candidate
+from .checkpoint import Answer
 from .fidelity import head_profile, second_moments
 from .inputs import Inputs
 from .journal import Journal
-from .models import Answer
 from .plan import Plan, SitePlan
 from .progress import Progress
 from .sensitivity import answer_gradients

@@ -8,12 +8,9 @@ import os
 import pickle
 import re
 import socket
-import ssl
 import struct
-import urllib.error
-import urllib.request
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,9 +23,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from .errors import SbpatchError, one_line
+from .hub import CONNECT_SECONDS, hub_or_cache
 
 RELEASE_URL = "https://github.com/yitu-opensource/T2T-ViT/releases/download/main"
-CONNECT_SECONDS = 5  # how long a server may be silent before it counts as out of reach
 # What timm and transformers raise for weights that do not fit and files they cannot get, and torch.load's for damage.
 LOAD_ERRORS = (
     *(RuntimeError, OSError, EOFError, ValueError, TypeError, LookupError, AttributeError, AssertionError),
@@ -98,17 +95,6 @@ def tensors_sha256(state: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-@contextmanager
-def hub_or_cache() -> Iterator[None]:
-    """Inside, Hugging Face code uses its cache alone if the hub does not answer; by itself it retries for a minute."""
-    before = hub.HF_HUB_OFFLINE
-    hub.HF_HUB_OFFLINE = before or not _answers(hub.ENDPOINT)
-    try:
-        yield
-    finally:
-        hub.HF_HUB_OFFLINE = before
-
-
 def hub_snapshot(name: str) -> Path:
     """The folder of the Hugging Face model `owner/name` in its cache, downloaded if the hub answers.
 
@@ -140,17 +126,6 @@ def _snapshot(name: str, files: list[str]) -> Path:
         if partial := getattr(error, "snapshot_path", None):
             return Path(partial)  # may be all that is needed: what is missing is said when it is read
         raise
-
-
-def _answers(url: str) -> bool:
-    try:
-        urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=CONNECT_SECONDS).close()
-    except urllib.error.HTTPError:
-        return True  # a refusal is an answer
-    except (OSError, http.client.HTTPException) as error:
-        # So is a certificate that Python does not know: the hub's own client may.
-        return isinstance(getattr(error, "reason", None), ssl.SSLError)
-    return True
 
 
 def file_sha256(path: Path) -> str:

@@ -1,0 +1,3 @@
+"""The version of this package, which plans, cost tables and results state."""
+
+__version__ = "0.1.0"
