@@ -35,12 +35,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sbpatch.attention import Geometry, Scatterbrain
-from sbpatch.data import open_images
-from sbpatch.images import ImageSet
-from sbpatch.preprocessing import Preprocessing
-from sbpatch.samples import batches
-from sbpatch.sites import Call, PatchedSite, swapped
-from sbpatch.t2t_vit import PATCH, T2TViT, T2TViTConfig, sinusoids
+from sbpatch.data.images import ImageSet
+from sbpatch.data.preprocessing import Preprocessing
+from sbpatch.data.samples import batches
+from sbpatch.data.sources import open_images
+from sbpatch.models.t2t_vit import PATCH, T2TViT, T2TViTConfig, sinusoids
+from sbpatch.sites.calls import Call
+from sbpatch.sites.swap import PatchedSite, swapped
 
 
 @dataclass(frozen=True)

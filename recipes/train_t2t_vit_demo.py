@@ -21,9 +21,9 @@ from rich.progress import track
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sbpatch.data import batches, open_images
-from sbpatch.preprocessing import Preprocessing
-from sbpatch.t2t_vit import T2TViT, T2TViTConfig, sinusoids
+from sbpatch.data.preprocessing import Preprocessing
+from sbpatch.data.sources import batches, open_images
+from sbpatch.models.t2t_vit import T2TViT, T2TViTConfig, sinusoids
 
 STAGES = ((64, 60, 64, 2e-3), (112, 25, 32, 1e-3), (224, 9, 16, 4e-4))  # pixels, epochs, batch, peak learning rate
 PREPROCESSING = Preprocessing((3, 224, 224), "bicubic", 1.0, (0.5,) * 3, (0.5,) * 3)

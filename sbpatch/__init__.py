@@ -5,11 +5,11 @@ sbpatch.patch(model, plan)      # in place; sbpatch.unpatch(model) takes it back
 model = sbpatch.load("patched/")
 """
 
-from . import interface
-from .calibrate import calibrate
+from .calibration.stages import calibrate
 from .errors import SbpatchError
-from .patch import load, patch, unpatch
-from .plan import Plan
+from .plan.patch import load, patch, unpatch
+from .plan.plan import Plan
+from .sites import interface
 from .version import __version__ as __version__
 
 __all__ = ["Plan", "SbpatchError", "calibrate", "load", "patch", "unpatch"]

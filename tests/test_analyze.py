@@ -15,10 +15,11 @@ from PIL import Image
 from rich.console import Console
 from tiny import checkpoint_of, refused, t2t
 
-from sbpatch import analyze, entries, oracles, studies
 from sbpatch.attention import Geometry
 from sbpatch.attention.robust_pca import robust_pca
-from sbpatch.models import Checkpoint
+from sbpatch.cli import studies
+from sbpatch.models.checkpoint import Checkpoint
+from sbpatch.study import analyze, entries, oracles
 
 PICTURES = ["entries.png", "entropy.png", "process.png", "robust-pca.png"]
 

@@ -15,10 +15,10 @@ from tiny import checkpoint_of, plan_for, refused, t2t
 from transformers_coverage import FAMILIES, plan_on
 
 import sbpatch
-from sbpatch import artifact
-from sbpatch.inputs import run
-from sbpatch.models import load_checkpoint
-from sbpatch.plan import PLAN_FILE
+from sbpatch.data.batch import run
+from sbpatch.models.load import load_checkpoint
+from sbpatch.plan import artifact
+from sbpatch.plan.plan import PLAN_FILE
 
 FILES = ["README.md", "config.json", "model.safetensors", "report.png", "sbpatch.json", "sbpatch.safetensors"]
 

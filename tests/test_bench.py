@@ -16,13 +16,16 @@ from tiny import refused, t2t
 from torch import Tensor
 from typer.testing import CliRunner, Result
 
-from sbpatch import bench, bench_report, cli
 from sbpatch.attention import Geometry, Scatterbrain
-from sbpatch.bench import bench as run_bench
-from sbpatch.bench_model import bench_model, joined
+from sbpatch.cli import commands as cli
 from sbpatch.errors import SbpatchError
-from sbpatch.fidelity import output_error
-from sbpatch.sites import Call, Site, find_sites, swapped
+from sbpatch.sites.calls import Call
+from sbpatch.sites.fidelity import output_error
+from sbpatch.sites.find import Site, find_sites
+from sbpatch.sites.swap import swapped
+from sbpatch.study import bench, bench_report
+from sbpatch.study.bench import bench as run_bench
+from sbpatch.study.bench_model import bench_model, joined
 
 SHAPE = {"tokens", "heads", "head_dim", "batch", "causal"}
 FIGURES = {"ms", "peak_memory_bytes", "speedup_vs_sdpa", "speedup_vs_eager", "output_error"}

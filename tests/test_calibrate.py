@@ -14,18 +14,20 @@ from tiny import refused, t2t
 from torch import Tensor, nn
 
 import sbpatch
-from sbpatch.allocate import Curve, allocate
 from sbpatch.attention import Geometry, Scatterbrain
 from sbpatch.attention.per_head import Exact
 from sbpatch.attention.reference import exact_matrix, scatterbrain_matrix
-from sbpatch.calibrate import SCREENED, _after, _first_samples
-from sbpatch.candidates import Candidate, closer
-from sbpatch.choose import _layer_of
-from sbpatch.fidelity import matrix_error, output_error, row_entropy
-from sbpatch.patch import patch
-from sbpatch.plan import SitePlan
-from sbpatch.recipe import SiteSetting
-from sbpatch.sites import Call, find_sites, swapped
+from sbpatch.calibration.allocate import Curve, allocate
+from sbpatch.calibration.candidates import Candidate, closer
+from sbpatch.calibration.choose import _layer_of
+from sbpatch.calibration.stages import SCREENED, _after, _first_samples
+from sbpatch.plan.patch import patch
+from sbpatch.plan.plan import SitePlan
+from sbpatch.plan.recipe import SiteSetting
+from sbpatch.sites.calls import Call
+from sbpatch.sites.fidelity import matrix_error, output_error, row_entropy
+from sbpatch.sites.find import find_sites
+from sbpatch.sites.swap import swapped
 
 # by quality alone: nothing is faster than exact attention on models this small (see test_costs)
 calibrate = partial(sbpatch.calibrate, keep_slow=True)

@@ -13,9 +13,10 @@ from tiny import refused
 from torch import Tensor, nn
 
 from sbpatch.attention import Scatterbrain
-from sbpatch.calls import Call, Redirect
-from sbpatch.masks import allowed
-from sbpatch.sites import PatchedSite, find_sites, swapped
+from sbpatch.attention.masks import allowed
+from sbpatch.sites.calls import Call, Redirect
+from sbpatch.sites.find import find_sites
+from sbpatch.sites.swap import PatchedSite, swapped
 
 B, H, N, D = 3, 2, 7, 4
 FORMS = ("bool", "-inf", "lowest", "-1e4")

@@ -11,9 +11,9 @@ import torch
 from tiny import Times, refused, t2t
 
 import sbpatch
-from sbpatch.check import BUDGETS, Totals, pick, smallest_that_keeps
+from sbpatch.calibration.check import BUDGETS, Totals, pick, smallest_that_keeps
+from sbpatch.calibration.journal import Journal
 from sbpatch.errors import SbpatchError
-from sbpatch.journal import Journal
 
 # by quality alone: nothing is faster than exact attention on models this small (see test_costs)
 calibrate = partial(sbpatch.calibrate, keep_slow=True)

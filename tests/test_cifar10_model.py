@@ -9,10 +9,11 @@ import pytest
 import torch
 
 import sbpatch
-from sbpatch.data import open_images, sample_images
-from sbpatch.models import Checkpoint, load_checkpoint
-from sbpatch.samples import batches
-from sbpatch.sites import find_sites
+from sbpatch.data.samples import batches
+from sbpatch.data.sources import open_images, sample_images
+from sbpatch.models.checkpoint import Checkpoint
+from sbpatch.models.load import load_checkpoint
+from sbpatch.sites.find import find_sites
 
 ROOT = Path(__file__).parents[1]
 # By its directory: that holds whether or not it has an alias.

@@ -16,12 +16,13 @@ from tiny import process, t2t
 from tiny_text import bert, llama, prose, words
 
 import sbpatch
-from sbpatch import cli, evaluate
-from sbpatch.costs import default_path
-from sbpatch.data import batches, open_images
-from sbpatch.models import load_checkpoint
-from sbpatch.texts import open_text
-from sbpatch.tokens import windows
+from sbpatch.calibration.costs import default_path
+from sbpatch.cli import commands as cli
+from sbpatch.data.sources import batches, open_images
+from sbpatch.data.texts import open_text
+from sbpatch.data.tokens import windows
+from sbpatch.evaluation import evaluate
+from sbpatch.models.load import load_checkpoint
 
 CALIBRATED = ["README.md", "config.json", "model.safetensors", "report.png", "sbpatch.json", "sbpatch.safetensors"]
 QUICK = ["--samples", "3", "--budget", "0.2", "--data", "images", "--quiet", "--keep-slow"]
@@ -37,7 +38,7 @@ def jpeg(level: int) -> bytes:
 def place(tmp_path, monkeypatch) -> Path:
     """An empty folder to work in, with a tiny model, images of three classes, and no network."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sbpatch.weights._answers", lambda url: False)
+    monkeypatch.setattr("sbpatch.models.weights._answers", lambda url: False)
     monkeypatch.delenv("IMAGENET_DIR", raising=False)
     torch.save({"state_dict_ema": t2t().state_dict()}, "tiny.pth")
     for i in range(9):

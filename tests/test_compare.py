@@ -15,13 +15,13 @@ from rich.console import Console
 from tiny import process, t2t
 from torch import Tensor, nn
 
-from sbpatch import compare
-from sbpatch.calibrate import calibrate
-from sbpatch.candidates import Allocation
+from sbpatch.calibration.stages import calibrate
+from sbpatch.data.batch import Inputs
 from sbpatch.errors import SbpatchError
-from sbpatch.inputs import Inputs
-from sbpatch.models import Answer
-from sbpatch.patch import patch, unpatch
+from sbpatch.models.checkpoint import Answer
+from sbpatch.plan.patch import patch, unpatch
+from sbpatch.plan.recipe import Allocation
+from sbpatch.study import compare
 
 METHODS = ["window", "naive:lsh+favor", "lsh+favor", "clusters", "auto", "nystromformer"]
 

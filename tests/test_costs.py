@@ -14,11 +14,12 @@ from torch import Tensor, nn
 
 from sbpatch.attention import Geometry, Scatterbrain
 from sbpatch.attention.per_head import Exact, Layer
-from sbpatch.calibrate import calibrate, first_decision
-from sbpatch.costs import CostTable, default_path, device_key
-from sbpatch.plan import Plan
-from sbpatch.recipe import SiteSetting
-from sbpatch.sites import find_sites
+from sbpatch.calibration.costs import CostTable, default_path, device_key
+from sbpatch.calibration.decide import first_decision
+from sbpatch.calibration.stages import calibrate
+from sbpatch.plan.plan import Plan
+from sbpatch.plan.recipe import SiteSetting
+from sbpatch.sites.find import find_sites
 
 CPU = torch.device("cpu")
 SHAPES = {256: "256 x 1 x 16", 64: "64 x 1 x 16", 17: "17 x 1 x 64"}  # tokens x heads x width of the three sites
@@ -137,7 +138,7 @@ def test_keep_slow_asks_no_clock(monkeypatch):
     def never(*_: Any) -> None:
         raise AssertionError("a time was asked for")
 
-    monkeypatch.setattr("sbpatch.costs.elapsed_ms", never)
+    monkeypatch.setattr("sbpatch.calibration.costs.elapsed_ms", never)
     plan = calibrate(t2t(), BATCHES, budget=0.2, keep_slow=True)
     assert [site.decision for site in plan.sites] == ["patch", "exact", "exact"]
     assert "under 256" in plan.sites[1].reason
@@ -180,7 +181,7 @@ def test_what_lacks_is_measured_once_and_added(tmp_path, monkeypatch):
     def never(*_: Any) -> None:
         raise AssertionError("measured again")
 
-    monkeypatch.setattr("sbpatch.costs.elapsed_ms", never)
+    monkeypatch.setattr("sbpatch.calibration.costs.elapsed_ms", never)
     again = CostTable(path, CPU)
     assert again.ms(layer) == measured
     assert again.pays(layer)

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from sbpatch.attention import Geometry, Scatterbrain, kernels
 from sbpatch.attention.kmeans import members
-from sbpatch.cli import app
+from sbpatch.cli.commands import app
 from sbpatch.measure import elapsed_ms, peak_memory_bytes, without_launches
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")

@@ -19,10 +19,10 @@ from scipy.io import savemat
 from sklearn.datasets import load_digits
 from timm.data.imagenet_info import ImageNetInfo
 
-from sbpatch import weights
-from sbpatch.data import batches, digits_split, open_images, sample_images
+from sbpatch.data.preprocessing import Preprocessing
+from sbpatch.data.sources import batches, digits_split, open_images, sample_images
 from sbpatch.errors import SbpatchError
-from sbpatch.preprocessing import Preprocessing
+from sbpatch.models import weights
 
 SHARED = Path(os.environ.get("SBPATCH_SHARED", Path(__file__).parents[2] / "shared")) / "data"
 needs_shared = pytest.mark.skipif(not SHARED.exists(), reason=f"no {SHARED}: set SBPATCH_SHARED")

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 import sbpatch
-from sbpatch.data import batches, open_images, sample_images
-from sbpatch.models import Checkpoint, load_checkpoint
-from sbpatch.recipe import read_recipe
+from sbpatch.data.sources import batches, open_images, sample_images
+from sbpatch.models.checkpoint import Checkpoint
+from sbpatch.models.load import load_checkpoint
+from sbpatch.plan.recipe import read_recipe
 
 pytestmark = pytest.mark.slow
 RECIPES = Path(__file__).parents[1] / "recipes"

@@ -13,9 +13,13 @@ from tiny_text import bert, llama, preprocessing, prose
 from torch import Tensor
 from transformers import BertForMaskedLM
 
-from sbpatch.answers import Scores, kept
+from sbpatch.data.batch import Inputs, run
+from sbpatch.data.preprocessing import Preprocessing
+from sbpatch.data.samples import batches
+from sbpatch.data.texts import Text
+from sbpatch.data.tokens import passages, windows
 from sbpatch.errors import SbpatchError
-from sbpatch.evaluate import (
+from sbpatch.evaluation.evaluate import (
     Subject,
     Totals,
     as_generation_starts,
@@ -24,12 +28,8 @@ from sbpatch.evaluate import (
     eager_attention,
     exact_sites,
 )
-from sbpatch.inputs import Inputs, run
-from sbpatch.preprocessing import Preprocessing
-from sbpatch.samples import batches
-from sbpatch.sites import Call
-from sbpatch.texts import Text
-from sbpatch.tokens import passages, windows
+from sbpatch.models.answers import Scores, kept
+from sbpatch.sites.calls import Call
 
 
 @pytest.mark.parametrize(("mask", "causal"), [("none", False), ("none", True), ("bool", False), ("float", False)])

@@ -12,10 +12,10 @@ from tiny import checkpoint_of, plan_for, refused, t2t
 from transformers_coverage import FAMILIES, plan_on
 
 import sbpatch
-from sbpatch import artifact
-from sbpatch.export import Format, export
-from sbpatch.inputs import Inputs, run, samples
-from sbpatch.models import load_checkpoint
+from sbpatch.data.batch import Inputs, run, samples
+from sbpatch.evaluation.export import Format, export
+from sbpatch.models.load import load_checkpoint
+from sbpatch.plan import artifact
 
 
 def texts(tokens: int, count: int = 3) -> dict[str, torch.Tensor]:

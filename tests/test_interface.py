@@ -29,9 +29,10 @@ from transformers import (
 )
 
 from sbpatch.attention import Scatterbrain
-from sbpatch.calls import Call
-from sbpatch.inputs import run
-from sbpatch.sites import PatchedSite, find_sites, restore, swap, swapped
+from sbpatch.data.batch import run
+from sbpatch.sites.calls import Call
+from sbpatch.sites.find import find_sites
+from sbpatch.sites.swap import PatchedSite, restore, swap, swapped
 
 N = 160
 WIDTHS = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 32}

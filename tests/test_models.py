@@ -19,13 +19,13 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from sbpatch import weights
-from sbpatch.data import batches, open_images
+from sbpatch.data.preprocessing import Preprocessing
+from sbpatch.data.sources import batches, open_images
 from sbpatch.errors import SbpatchError
-from sbpatch.models import DEMO, build, load_checkpoint
-from sbpatch.preprocessing import Preprocessing
-from sbpatch.t2t_vit import T2TViT, T2TViTConfig
-from sbpatch.weights import Release, read_tensors, tensors_sha256
+from sbpatch.models import weights
+from sbpatch.models.load import DEMO, build, load_checkpoint
+from sbpatch.models.t2t_vit import T2TViT, T2TViTConfig
+from sbpatch.models.weights import Release, read_tensors, tensors_sha256
 
 pytestmark = pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 ROOT = Path(__file__).parents[1]

@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from tiny import PARAMETERS, checkpoint_of, plan_for, refused, t2t, vit
 
-from sbpatch import artifact
 from sbpatch.errors import SbpatchError
-from sbpatch.patch import TENSORS_FILE, load, patch, read_plan, unpatch
-from sbpatch.plan import PLAN_FILE, Budget, Plan, SitePlan
-from sbpatch.sites import find_sites
+from sbpatch.plan import artifact
+from sbpatch.plan.patch import TENSORS_FILE, load, patch, read_plan, unpatch
+from sbpatch.plan.plan import PLAN_FILE, Budget, Plan, SitePlan
+from sbpatch.sites.find import find_sites
 
 IMAGES = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(7))
 

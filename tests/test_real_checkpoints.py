@@ -12,16 +12,17 @@ import pytest
 import torch
 
 from sbpatch import patch, unpatch
-from sbpatch.answers import embedding
 from sbpatch.attention import Scatterbrain
-from sbpatch.calibrate import calibrate
-from sbpatch.inputs import run
-from sbpatch.models import load_checkpoint
-from sbpatch.preprocessing import TextPreprocessing
-from sbpatch.samples import batches
-from sbpatch.sites import PatchedSite, find_sites, swapped
-from sbpatch.texts import open_text
-from sbpatch.tokens import passages, sample_passages, windows
+from sbpatch.calibration.stages import calibrate
+from sbpatch.data.batch import run
+from sbpatch.data.preprocessing import TextPreprocessing
+from sbpatch.data.samples import batches
+from sbpatch.data.texts import open_text
+from sbpatch.data.tokens import passages, sample_passages, windows
+from sbpatch.models.answers import embedding
+from sbpatch.models.load import load_checkpoint
+from sbpatch.sites.find import find_sites
+from sbpatch.sites.swap import PatchedSite, swapped
 
 SHARED = Path(os.environ.get("SBPATCH_SHARED", Path(__file__).parents[2] / "shared")) / "data"
 VALID = SHARED / "wikitext-2" / "valid.txt"

@@ -13,8 +13,8 @@ import sbpatch
 from sbpatch.attention import Geometry, Scatterbrain
 from sbpatch.attention.per_head import Exact, PerHead
 from sbpatch.attention.reference import scatterbrain_matrix
+from sbpatch.calibration.refine import REFINED, _knobs, _turn, learn
 from sbpatch.progress import no_progress
-from sbpatch.refine import REFINED, _knobs, _turn, learn
 
 # by quality alone: nothing is faster than exact attention on models this small (see test_costs)
 calibrate = partial(sbpatch.calibrate, keep_slow=True)

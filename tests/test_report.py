@@ -11,8 +11,8 @@ from PIL import Image
 from rich.console import Console, RenderableType
 from tiny import plan_for, t2t, vit
 
-from sbpatch import report
-from sbpatch.plan import Plan
+from sbpatch.plan import report
+from sbpatch.plan.plan import Plan
 
 widths = pytest.mark.parametrize("width", [80, 200])
 

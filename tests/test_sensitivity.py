@@ -7,13 +7,14 @@ import torch
 from tiny import t2t
 from torch import Tensor, nn
 
-from sbpatch import weigh
 from sbpatch.attention import Geometry, Scatterbrain
 from sbpatch.attention.per_head import Exact
-from sbpatch.calls import Call
-from sbpatch.candidates import Candidate
-from sbpatch.sensitivity import DIRECTIONS, answer_gradients, damage, damages
-from sbpatch.sites import find_sites, swapped
+from sbpatch.calibration import weigh
+from sbpatch.calibration.candidates import Candidate
+from sbpatch.calibration.sensitivity import DIRECTIONS, answer_gradients, damage, damages
+from sbpatch.sites.calls import Call
+from sbpatch.sites.find import find_sites
+from sbpatch.sites.swap import swapped
 
 IMAGES = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(3))
 

@@ -14,7 +14,9 @@ from tiny import refused, t2t, vit
 from torch import Tensor, nn
 
 from sbpatch.attention import Geometry, Scatterbrain, parse_method
-from sbpatch.sites import Call, PatchedSite, Site, find_sites, restore, swap, swapped
+from sbpatch.sites.calls import Call
+from sbpatch.sites.find import Site, find_sites
+from sbpatch.sites.swap import PatchedSite, restore, swap, swapped
 
 IMAGES = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(7))
 

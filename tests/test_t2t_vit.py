@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tiny import refused, t2t
 from torch import Tensor, nn
 
-from sbpatch.t2t_vit import T2TViT, T2TViTConfig, TokenAttention, sinusoid_table, t2t_vit_from_state_dict
+from sbpatch.models.t2t_vit import T2TViT, T2TViTConfig, TokenAttention, sinusoid_table, t2t_vit_from_state_dict
 
 STATE = t2t().state_dict()
 configs = st.builds(

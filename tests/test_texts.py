@@ -16,10 +16,10 @@ from tiny import refused
 from tiny_text import preprocessing, prose, words
 from transformers import AutoTokenizer
 
-from sbpatch.preprocessing import TextPreprocessing
-from sbpatch.samples import batches
-from sbpatch.texts import Text, open_text
-from sbpatch.tokens import passages, sample_passages, sample_windows, spans, windows
+from sbpatch.data.preprocessing import TextPreprocessing
+from sbpatch.data.samples import batches
+from sbpatch.data.texts import Text, open_text
+from sbpatch.data.tokens import passages, sample_passages, sample_windows, spans, windows
 
 SHARED = Path(os.environ.get("SBPATCH_SHARED", Path(__file__).parents[2] / "shared")) / "data"
 needs_shared = pytest.mark.skipif(not SHARED.exists(), reason=f"no {SHARED}: set SBPATCH_SHARED")
@@ -29,7 +29,7 @@ needs_shared = pytest.mark.skipif(not SHARED.exists(), reason=f"no {SHARED}: set
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty folder to work in, and no network."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sbpatch.weights._answers", lambda url: False)
+    monkeypatch.setattr("sbpatch.models.weights._answers", lambda url: False)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
     return tmp_path

@@ -25,12 +25,13 @@ from tiny import refused
 from torch import Tensor
 from transformers_coverage import FAMILIES, TEXT, VIT, Family
 
-from sbpatch import transformers_models, weights
-from sbpatch.image_processors import _share, image_preprocessing
-from sbpatch.inputs import run
-from sbpatch.models import Checkpoint, build, load_checkpoint
-from sbpatch.preprocessing import AudioPreprocessing, Preprocessing, TextPreprocessing
-from sbpatch.weights import file_sha256, tensors_sha256
+from sbpatch.data.batch import run
+from sbpatch.data.preprocessing import AudioPreprocessing, Preprocessing, TextPreprocessing
+from sbpatch.models import transformers_models, weights
+from sbpatch.models.checkpoint import Checkpoint
+from sbpatch.models.image_processors import _share, image_preprocessing
+from sbpatch.models.load import build, load_checkpoint
+from sbpatch.models.weights import file_sha256, tensors_sha256
 
 BERT, MASKED, ROBERTA, VIT_CLASSES, DINO = (
     next(f for f in FAMILIES if f.class_name == name)

@@ -18,7 +18,9 @@ from timm.models import list_modules
 from torch import Tensor, nn
 
 from sbpatch.errors import SbpatchError
-from sbpatch.sites import Call, Site, find_sites, swapped
+from sbpatch.sites.calls import Call
+from sbpatch.sites.find import Site, find_sites
+from sbpatch.sites.swap import swapped
 
 SIZES = [
     "atto", "femto", "pico", "nano", "zepto", "t0", "xxtiny", "xxs", "xx_small", "micro", "mini", "tiny", "extra_small",

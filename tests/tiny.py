@@ -17,12 +17,13 @@ from torch import nn
 
 from sbpatch.attention import Geometry, Scatterbrain
 from sbpatch.attention.per_head import Exact, Layer
-from sbpatch.costs import CostTable
+from sbpatch.calibration.costs import CostTable
 from sbpatch.errors import SbpatchError
-from sbpatch.models import Checkpoint, load_checkpoint
-from sbpatch.plan import Budget, Plan, SitePlan, patch_tensors
-from sbpatch.sites import find_sites
-from sbpatch.t2t_vit import T2TViT, T2TViTConfig
+from sbpatch.models.checkpoint import Checkpoint
+from sbpatch.models.load import load_checkpoint
+from sbpatch.models.t2t_vit import T2TViT, T2TViTConfig
+from sbpatch.plan.plan import Budget, Plan, SitePlan, patch_tensors
+from sbpatch.sites.find import find_sites
 
 ROOT = Path(__file__).parents[1]
 torch.set_num_threads(1)  # for tensors this small a second thread costs time, on a busy machine fifty times as much

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import nn
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from sbpatch.preprocessing import TextPreprocessing
+from sbpatch.data.preprocessing import TextPreprocessing
 
 SPECIAL = ["[PAD]", "[UNK]", "[BOS]"]
 VOCABULARY = [*SPECIAL, *(f"w{i}" for i in range(61))]

@@ -20,12 +20,15 @@ import transformers
 from torch import Tensor
 
 from sbpatch.attention import Scatterbrain
-from sbpatch.calibrate import first_decision
+from sbpatch.calibration.decide import first_decision
+from sbpatch.data.batch import run
 from sbpatch.errors import SbpatchError
-from sbpatch.inputs import run
-from sbpatch.models import Checkpoint, load_checkpoint
-from sbpatch.plan import Budget, Plan, patch_tensors
-from sbpatch.sites import Call, Site, find_sites, swapped
+from sbpatch.models.checkpoint import Checkpoint
+from sbpatch.models.load import load_checkpoint
+from sbpatch.plan.plan import Budget, Plan, patch_tensors
+from sbpatch.sites.calls import Call
+from sbpatch.sites.find import Site, find_sites
+from sbpatch.sites.swap import swapped
 
 PAGE = Path(__file__).parents[1] / "docs" / "supported-models.md"
 HEAD = (

@@ -129,6 +129,13 @@ def restore(x: Tensor, slot: Tensor) -> Tensor:
     return take(x.flatten(2, 3), slot[..., None, :]).squeeze(2)
 
 
+def places(tiles: Tiles) -> Tensor:
+    """The rows of the output that each tile's queries are, (..., T, g); n at a padding slot."""
+    (many, size), n = tiles.query.shape[-2:], tiles.slot.shape[-1]
+    used = tiles.slot.new_zeros(*tiles.slot.shape[:-1], many * size, dtype=torch.bool)
+    return tiles.query.masked_fill(~used.scatter(-1, tiles.slot, True).unflatten(-1, (many, size)), n)
+
+
 def repeated(x: Tensor, heads: int) -> Tensor:
     """Keys or values (B, H_k, n, d) with `heads` heads, each one's repeated for the run of query heads that share it."""
     return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], 1)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import expansion
-from .core import Expansion, Landmarks, Points, Tiles, repeated, take
+from .core import Expansion, Landmarks, Points, Tiles, places, repeated, take
 from .kmeans import added, runs
 
 ROWS = 1 << 12  # keys and points that the tiles of one call read together, of one sample
@@ -112,13 +112,6 @@ def over_blocks(q: Tensor, k: Tensor, v: Tensor, low: Expansion, scale: float, g
     """Attention of tiles over the keys and points that an expansion gives them; arguments as `attend`."""
     tiles, points = expansion.listed(low, k.shape[2]), low if low.key.shape[2] else None
     return over_tiles(q, k, v, tiles, points, scale, low.key_mask, True, gain)
-
-
-def places(tiles: Tiles) -> Tensor:
-    """The rows of the output that each tile's queries are, (..., T, g); n at a padding slot."""
-    (many, size), n = tiles.query.shape[-2:], tiles.slot.shape[-1]
-    used = tiles.slot.new_zeros(*tiles.slot.shape[:-1], many * size, dtype=torch.bool)
-    return tiles.query.masked_fill(~used.scatter(-1, tiles.slot, True).unflatten(-1, (many, size)), n)
 
 
 def _rows(q: Tensor, query: Tensor, group: int) -> Tensor:

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import SbpatchError
-from ..masks import allowed
 from .core import with_heads
+from .masks import allowed
 from .registry import Geometry
 from .scatterbrain import Scatterbrain
 

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from .. import expansion
-from ..core import Expansion, Points, Tiles
-from ..fused import lists, places, remainder
+from ..core import Expansion, Points, Tiles, places
+from ..fused import lists, remainder
 from .blocks import block_points
 from .rows import attend_blocks, attend_points, fits
 from .tiles import attend_tiles

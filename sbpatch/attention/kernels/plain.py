@@ -10,8 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import expansion
-from ..core import Expansion, repeated, take
-from ..fused import places
+from ..core import Expansion, places, repeated, take
 
 LOWEST = torch.finfo(torch.float32).min
 

@@ -1,0 +1,201 @@
+"""The whole model with a plan: what its sites' errors come to together, and the search for a plan that keeps a promise."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..data import batch
+from ..data.batch import Inputs
+from ..errors import SbpatchError
+from ..models.answers import embedding
+from ..models.checkpoint import Answer
+from ..plan.patch import patch, unpatch
+from ..plan.plan import Plan
+from ..progress import Progress
+from ..sites.calls import Call
+from ..sites.fidelity import matrix_error, output_error
+from ..sites.swap import swapped
+
+ROWS = 256  # of logits over a vocabulary that are compared at once
+MATRIX_SAMPLES = 4  # for the matrix error, which costs as much as exact attention in eager mode
+BUDGETS = [0.75 * 2 ** (-i / 2) for i in range(20)]  # what --max-drop chooses from, down to a thousandth
+
+
+@dataclass
+class Check:
+    """A model and the samples that plans are tried on: those that candidates were measured on, and others."""
+
+    model: nn.Module
+    answer: Answer
+    screen: list[Inputs]
+    unseen: list[Inputs]
+    progress: Progress[Any]
+
+    def figures(self, plan: Plan, batches: Sequence[Inputs], description: str) -> dict[str, float]:
+        """Patched against exact, over the samples: `agreement` in percent or `cosine`, `divergence` (Kullback-Leibler in
+        nats, or 1 - cosine), `perplexity_ratio` of a text, and `drop` (see `Totals.figures`).
+        """
+        totals = Totals(self.answer)
+        for one in self.progress(batches, description):
+            exact = batch.run(self.model, one)
+            patch(self.model, plan)
+            try:
+                found = batch.run(self.model, one)
+            finally:
+                unpatch(self.model)
+            totals.add(found, exact, one)
+        return totals.figures()
+
+
+@dataclass
+class Totals:
+    """Sums over the answers that are compared: samples, or positions of a text."""
+
+    answer: Answer
+    count: int = 0
+    agree: int = 0
+    divergence: float = 0.0
+    nll: list[float] = field(default_factory=lambda: [0.0, 0.0])  # patched, exact; of the tokens that follow
+    margins: list[Tensor] = field(default_factory=list)  # exact logits: highest - second
+    shifts: list[Tensor] = field(default_factory=list)  # how much the patch changes that difference
+
+    def add(self, found: Tensor, exact: Tensor, inputs: Inputs) -> None:
+        if self.answer == "features":
+            cosine = (embedding(found, inputs) * embedding(exact, inputs)).sum(-1)
+            self.count += len(cosine)
+            self.divergence += float((1 - cosine).sum())
+            return
+        labels = None
+        if self.answer != "classes":
+            assert not isinstance(inputs, Tensor)
+            ids, real = inputs["input_ids"], inputs.get("attention_mask")
+            if self.answer == "next-token":
+                found, exact, labels = found[:, :-1], exact[:, :-1], ids[:, 1:].flatten()
+                real = None if real is None else real[:, 1:] * real[:, :-1]
+            keep = torch.ones(found.shape[:2], dtype=torch.bool) if real is None else real.bool().cpu()
+            index = keep.flatten().nonzero()[:, 0].to(found.device)
+            found, exact = found.flatten(0, 1)[index], exact.flatten(0, 1)[index]
+            labels = None if labels is None else labels[index]
+        for i, (f, e) in enumerate(zip(found.split(ROWS), exact.split(ROWS), strict=True)):
+            self._add_rows(f.float(), e.float(), None if labels is None else labels.split(ROWS)[i])
+
+    def _add_rows(self, found: Tensor, exact: Tensor, labels: Tensor | None) -> None:
+        log_q, log_p = found.log_softmax(-1), exact.log_softmax(-1)
+        self.count += len(found)
+        self.agree += int((found.argmax(-1) == exact.argmax(-1)).sum())
+        self.divergence += float(F.kl_div(log_q, log_p, log_target=True, reduction="sum"))
+        if labels is not None:
+            losses = [float(F.nll_loss(x, labels, reduction="sum")) for x in (log_q, log_p)]
+            self.nll = [total + loss for total, loss in zip(self.nll, losses, strict=True)]
+        if self.answer == "classes" and exact.shape[-1] > 1:
+            (high, second), top = exact.topk(2).values.unbind(-1), exact.topk(2).indices
+            now, then = found.gather(-1, top).unbind(-1)
+            self.margins.append((high - second).cpu())
+            self.shifts.append((now - then - (high - second)).cpu())
+
+    def figures(self) -> dict[str, float]:
+        """Means, and `drop`: percent of perplexity, points of cosine x 100, or points of agreement.
+
+        A top-1 changes where the patch shifts the margin between the two highest logits by more than the margin. Where few
+        samples were run, none may, so the share that will is also estimated with normal shifts of the size that was
+        seen, P(shift < -margin), and the larger of the two is the drop.
+        """
+        mean = self.divergence / max(self.count, 1)
+        if self.answer == "features":
+            return {"cosine": 1 - mean, "divergence": mean, "drop": 100 * mean}
+        agreement = 100 * self.agree / max(self.count, 1)
+        figures = {"agreement": agreement, "divergence": mean, "drop": 100 - agreement}
+        if self.answer == "next-token":
+            ratio = math.exp((self.nll[0] - self.nll[1]) / max(self.count, 1))
+            figures |= {"perplexity_ratio": ratio, "drop": 100 * (ratio - 1)}
+        elif self.margins:
+            margin, shift = torch.cat(self.margins).double(), torch.cat(self.shifts).double()
+            spread = shift.square().mean().sqrt().clamp(min=1e-30)
+            figures["drop"] = max(100 - agreement, 100 * float(torch.special.ndtr(-margin / spread).mean()))
+        return figures
+
+
+def pick(plans: Sequence[Plan], check: Check) -> Plan:
+    """The plan under which the whole model's answer diverges least, on the samples that made the plans."""
+    if len(plans) == 1:
+        return plans[0]
+    found = [check.figures(plan, check.screen, "comparing plans")["divergence"] for plan in plans]
+    return plans[found.index(min(found))]
+
+
+def smallest_that_keeps(plans: Callable[[float], list[Plan]], max_drop: float, check: Check) -> Plan:
+    """The plan of the smallest budget whose drop stays within `max_drop`, searched on half of the samples.
+
+    The other half then has to confirm it, or the next larger budget is taken: the smallest of many that pass on some
+    samples passes partly by luck.
+
+    Raises:
+        SbpatchError: not even the largest budget keeps it.
+    """
+    samples = check.unseen or check.screen
+    search, confirm = samples[::2], samples[1::2] or samples
+    best: dict[int, Plan] = {}
+
+    def keeps(level: int, batches: Sequence[Inputs]) -> bool:
+        if level not in best:
+            try:
+                best[level] = plans(BUDGETS[level])[0]
+            except SbpatchError:  # too little for the smallest patch
+                return False
+        return check.figures(best[level], batches, f"budget {BUDGETS[level]:.4f}")["drop"] <= max_drop
+
+    low, high = 0, len(BUDGETS)  # the level sought is in [low, high): below it all keep, from it on none does
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (middle + 1, high) if keeps(middle, search) else (low, middle)
+    for level in range(low - 1, -1, -1):
+        if keeps(level, confirm):
+            return best[level]
+    raise SbpatchError(
+        f"no plan keeps a drop of at most {max_drop:g}: even with {BUDGETS[0]:g} of the entries it is larger; raise --max-drop "
+        "or exclude the sites that suffer"
+    )
+
+
+def check_plan(plan: Plan, check: Check) -> None:
+    """Fill in the errors of each patched site and the figures of the whole model, on unseen samples where there are any."""
+    samples = check.unseen or check.screen
+    layers = {name: layer.to(batch.device(samples[0])) for name, layer in plan.layers().items()}
+    errors = {site.name: torch.zeros(site.heads, dtype=torch.float64) for site in plan.patched}
+    causal = {site.name: site.causal for site in plan.patched}
+    matrix: dict[str, list[Tensor]] = {name: [] for name in layers}
+    wanted = 1 if check.answer in ("next-token", "tokens") else MATRIX_SAMPLES
+
+    def observer(name: str) -> Callable[[Call], Tensor]:
+        def observe(call: Call) -> Tensor:
+            exact = call.exact()
+            plain = call.plain(causal[name])
+            errors[name] += output_error(plain.through(layers[name]), exact, plain.key_mask).double().sum(0).cpu()
+            for b in range(min(len(exact), wanted - len(matrix[name]))):
+                q, k, v = (x[b : b + 1] for x in (plain.query, plain.key, plain.value))
+                mask = None if plain.key_mask is None else plain.key_mask[b : b + 1]
+                one = Call(q, k, v, is_causal=plain.is_causal, scale=plain.scale, key_mask=mask)
+                matrix[name].append(matrix_error(layers[name], one))
+            return exact
+
+        return observe
+
+    with swapped(check.model, {name: observer(name) for name in layers}):
+        for one in check.progress(samples, "checking the plan"):
+            batch.run(check.model, one)
+    count = sum(batch.count(one) for one in samples)
+    for site in plan.patched:
+        site.output_error = float(errors[site.name].mean()) / count
+        site.matrix_error = float(torch.cat(matrix[site.name]).mean())
+        for group in site.per_head or []:
+            group.output_error = float(errors[site.name][group.heads].mean()) / count
+    figures = check.figures(plan, samples, "whole model")
+    plan.agreement = figures.get("agreement")
+    plan.check = {"samples": count, "unseen": float(bool(check.unseen)), **figures}

@@ -1,0 +1,145 @@
+"""What one attention call costs on this device: milliseconds, measured once, kept in a file, looked up ever after.
+
+A patch that is not faster than exact attention is no gain, and how fast it is depends on the device and not on the model's
+weights. So the times are measured on structured random inputs of the site's shape, each layer once a device, and the same
+table gives the same plan.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..attention import PARTS, Geometry, Scatterbrain
+from ..attention.per_head import Exact, Layer
+from ..errors import SbpatchError
+from ..measure import elapsed_ms, without_launches
+from ..version import __version__
+
+REPEATS = 5
+ROWS = 1 << 15  # query rows of all heads in a timed call, at most; 8 samples at most
+LEAST = (1 / 16, 1 / 8, 1 / 4, 1 / 2)  # shares of a row's keys that the cheapest patch reads: the first that can be had
+TOO_SLOW = 1.5  # times exact attention: measured once and not again
+PAYS = 0.9  # of exact attention's time: what a patch must take at most, or the noise of timing decides
+
+
+class CostTable:
+    """Milliseconds a sample of a site's attention, exact or by a layer, by device and shape.
+
+    `path` None keeps it in memory. A table that was given holds what it holds: what is missing is measured and added.
+
+    Raises:
+        SbpatchError: the file is not such a table, or cannot be written.
+    """
+
+    def __init__(self, path: Path | None, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
+        self.path, self.device, self.dtype = path, device, dtype
+        self.rows: dict[str, float] = {}
+        try:
+            if path is None or not path.exists():
+                return
+            found = json.loads(path.read_text(encoding="utf-8"))
+            self.rows = {str(key): float(ms) for key, ms in found["ms"].items()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise SbpatchError(f"{path} is not a cost table: remove it, or name another by --cost-table") from error
+        if any(not 0 < ms < float("inf") for ms in self.rows.values()):
+            raise SbpatchError(
+                f"cost table {path} has times that are not positive numbers: remove it and measure again"
+            )
+
+    def exact_ms(self, site: Geometry) -> float:
+        """Exact attention of one sample, all heads."""
+        key = self._key("exact", site)
+        if key not in self.rows:
+            exact = Exact(site)
+            q, k, v = _inputs(site, self.device, self.dtype)
+            self.rows[key] = self._measured(lambda: exact(q, k, v), REPEATS) / len(q)
+            self._write()
+        return self.rows[key]
+
+    def ms(self, layer: Layer) -> float:
+        """The layer's attention of one sample, all heads of its site."""
+        site = layer.site
+        if layer.method == "exact":
+            return self.exact_ms(site)
+        parameters = " ".join(f"{name}={value}" for name, value in sorted(layer.parameters_used.items()))
+        key = self._key(f"{layer.method} {parameters}", site)
+        if key not in self.rows:
+            exact = self.exact_ms(site)
+            q, k, v = _inputs(site, self.device, self.dtype)
+            once = self._measured(lambda: layer(q, k, v), 1) / len(q)
+            again = once if once > TOO_SLOW * exact else self._measured(lambda: layer(q, k, v), REPEATS) / len(q)
+            self.rows[key] = min(once, again)
+            self._write()
+        return self.rows[key]
+
+    def pays(self, layer: Layer) -> bool:
+        """Whether the layer is faster than exact attention."""
+        return self.ms(layer) < PAYS * self.exact_ms(layer.site)
+
+    def cheapest(self, site: Geometry) -> Layer | None:
+        """About the least that any method does at a site: where this does not pay, nothing will. None: no such small one."""
+        method = "blocks" if site.causal else "clusters"
+        sizes = (PARTS[method].sized(max(2.0, share * site.row_keys), site) for share in LEAST)
+        size = next((size for size in sizes if size is not None), None)
+        return None if size is None else Scatterbrain(method, site, 0, **size).to(self.device)
+
+    def _measured(self, work: Callable[[], Tensor], repeats: int) -> float:
+        if repeats > 1:
+            work()
+        timed = without_launches(work, self.device) if repeats > 1 else work
+        return statistics.median(elapsed_ms(timed, self.device)[1] for _ in range(repeats))
+
+    def _key(self, what: str, site: Geometry) -> str:
+        heads = f"{site.heads}/{site.key_heads}" if site.key_heads else f"{site.heads}"
+        grid = f" grid={site.prefix}+{site.grid[0]}x{site.grid[1]}" if site.grid is not None and "2d" in what else ""
+        causal = " causal" if site.causal else ""
+        return f"{device_key(self.device, self.dtype)}: {site.tokens} x {heads} x {site.head_dim}{causal}{grid}: {what}"
+
+    def _write(self) -> None:
+        if self.path is None:
+            return
+        fresh = self.path.with_name(f".{self.path.name}.{os.getpid()}")
+        rows = {"ms": dict(sorted(self.rows.items()))}
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            fresh.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+            fresh.replace(self.path)
+        except OSError as error:
+            raise SbpatchError(
+                f"cannot write the cost table {self.path}: {error.strerror}; name another by --cost-table"
+            ) from error
+
+
+def default_path() -> Path:
+    """Where the table of this machine is kept: in the user's cache directory (`$XDG_CACHE_HOME`, else `~/.cache`)."""
+    cache = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(cache) / "sbpatch" / "costs.json"
+
+
+def device_key(device: torch.device, dtype: torch.dtype) -> str:
+    """A device as far as times depend on it: its name and threads, the versions of what computes, the dtype."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        name = f"{device.type} {platform.machine()} {torch.get_num_threads()} threads"
+    return f"{name} torch {torch.__version__} sbpatch {__version__} {str(dtype).removeprefix('torch.')}"
+
+
+def _inputs(site: Geometry, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values of a few samples, keys in clumps as those of trained models are."""
+    batch = max(1, min(8, ROWS // (site.tokens * site.heads)))
+    generator = torch.Generator().manual_seed(0)
+    heads = site.heads // site.group
+    clump = 1.5 * torch.randn(batch, heads, 64, site.head_dim, generator=generator)
+    member = torch.randint(64, (batch, heads, site.tokens, 1), generator=generator).expand(-1, -1, -1, site.head_dim)
+    q = torch.randn(batch, site.heads, site.tokens, site.head_dim, generator=generator)
+    k, v = (torch.randn(member.shape, generator=generator) + clump.gather(2, member) for _ in range(2))
+    return q.to(device, dtype), k.to(device, dtype), v.to(device, dtype)

@@ -1,0 +1,133 @@
+"""Learn the few numbers of a patch that are learned, by matching each site's output; the model's weights stay as they are.
+
+A head of a low-rank part may have two: `sharpness`, a factor of its logits, and beside a sparse part `gain`, of its weight.
+Heads are independent, so all of them take a step at once and each keeps what lowered its damage (see sensitivity). Half of
+the samples are for the search; a head whose damage is not lower on the other half keeps what it had.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..attention import Scatterbrain
+from ..attention.per_head import Layer, PerHead
+from ..data import batch
+from ..data.batch import Inputs
+from ..models.checkpoint import Answer
+from ..plan.plan import Plan, patch_tensors
+from ..progress import Progress
+from ..sites.calls import Call
+from ..sites.swap import swapped
+from .sensitivity import answer_gradients, damage
+
+LEARNED = (0.06, 0.03)  # steps of ln(sharpness) that every calibration takes; the gain's are GAIN times as long
+REFINED = (0.06, 0.06, 0.03, 0.03, 0.015, 0.015, 0.0075, 0.0075)
+GAIN = 6.0
+HELD = 2  # gradients a sample, see sensitivity
+Knobs = dict[str, Tensor]  # "sharpness" (as its logarithm) and "gain" of the heads of a site, (H,) each
+
+
+def learn(
+    model: nn.Module,
+    plan: Plan,
+    batches: Sequence[Inputs],
+    answer: Answer,
+    steps: Sequence[float],
+    progress: Progress[Any],
+) -> Plan:
+    """The plan with the learned tensors that are better on samples they were not learned on.
+
+    Gradients of all samples are held for the time of it: `HELD` numbers for each number that the patched sites put out.
+    """
+    layers = {name: layer.to(batch.device(batches[0])) for name, layer in plan.layers().items()}
+    layers = {name: layer for name, layer in layers.items() if _knobs(layer)}
+    singles = [batch.samples(one, i, i + 1) for one in batches for i in range(batch.count(one))]
+    if not layers or len(singles) < 2:
+        return plan
+    seeds = range(plan.seed * 1000 + 500, plan.seed * 1000 + 500 + len(singles))
+    gradients = [
+        answer_gradients(model, list(layers), one, answer, s, at_most=HELD)
+        for one, s in zip(singles, seeds, strict=True)
+    ]
+    causal = {site.name: site.causal for site in plan.patched}
+    search, confirm = range(0, len(singles), 2), range(1, len(singles), 2)
+
+    def damages(which: Sequence[int], tried: Mapping[str, Sequence[Knobs]]) -> dict[str, Tensor]:
+        """Damage of each set of knobs at each site: {name: (sets, H)}."""
+        found = {
+            name: torch.zeros(len(sets), layers[name].site.heads, dtype=torch.float64) for name, sets in tried.items()
+        }
+
+        def observer(name: str, gradient: Tensor) -> Callable[[Call], Tensor]:
+            def observe(call: Call) -> Tensor:
+                exact, plain = call.exact(), call.plain(causal[name])
+                for i, knobs in enumerate(tried[name]):
+                    _turn(layers[name], knobs)
+                    found[name][i] += damage(plain.through(layers[name]), exact, gradient).sum(0).double().cpu()
+                return exact
+
+            return observe
+
+        for i in which:
+            with swapped(model, {name: observer(name, gradients[i][name]) for name in tried}):
+                batch.run(model, singles[i])
+        return {name: _shared(sums, layers[name].site.group) for name, sums in found.items()}
+
+    start = {name: _knobs(layer) for name, layer in layers.items()}
+    knobs = {name: dict(values) for name, values in start.items()}
+    for step in progress(steps, "learning"):
+        tried = {name: [values, *_moves(values, step)] for name, values in knobs.items()}
+        for name, found in damages(search, tried).items():
+            best = found.argmin(0)  # (H,); the first, no move, where nothing is better
+            best = torch.where(found.gather(0, best[None])[0] < found[0], best, 0)
+            for knob in knobs[name]:
+                choices = torch.stack([values[knob] for values in tried[name]])
+                knobs[name][knob] = choices.gather(0, best.to(choices.device)[None])[0]
+    for name, found in damages(confirm, {name: [start[name], knobs[name]] for name in layers}).items():
+        better = found[1] < found[0]
+        kept = {k: torch.where(better.to(v.device), knobs[name][k], v) for k, v in start[name].items()}
+        _turn(layers[name], kept)
+        learned = {f"{name}.{key}": tensor.cpu().clone() for key, tensor in patch_tensors(layers[name]).items()}
+        plan.tensors |= learned
+    return plan
+
+
+def _moves(values: Knobs, step: float) -> Iterator[Knobs]:
+    """One knob of all heads up or down, the others as they are."""
+    for knob in values:
+        for sign in (1, -1):
+            yield {**values, knob: values[knob] + sign * step * (GAIN if knob == "gain" else 1.0)}
+
+
+def _parts(layer: Layer | PerHead) -> list[tuple[list[int], Scatterbrain]]:
+    """The approximations of a layer, with the heads that each computes."""
+    if isinstance(layer, PerHead):
+        pairs = zip(layer.heads, layer.layers, strict=True)
+        return [(heads, part) for heads, part in pairs if isinstance(part, Scatterbrain)]
+    return [(list(range(layer.site.heads)), layer)] if isinstance(layer, Scatterbrain) else []
+
+
+def _shared(sums: Tensor, group: int) -> Tensor:
+    """Sums (sets, H) added up over the heads that share keys, and so their knobs."""
+    return sums.unflatten(1, (-1, group)).sum(-1).repeat_interleave(group, 1)
+
+
+def _knobs(layer: Layer | PerHead) -> Knobs:
+    """What can be learned at a site, zeros for heads that have no such knob; empty where none has any."""
+    knobs: Knobs = {}
+    for heads, part in _parts(layer):
+        for name, buffer in part.learned.items():
+            values = knobs.setdefault(name, torch.zeros(layer.site.heads, device=buffer.device))
+            values[heads] = (buffer if name == "gain" else buffer.log()).repeat_interleave(len(heads) // len(buffer))
+    return knobs
+
+
+def _turn(layer: Layer | PerHead, knobs: Knobs) -> None:
+    for heads, part in _parts(layer):
+        for name, buffer in part.learned.items():
+            values = knobs[name][heads][:: len(heads) // len(buffer)]
+            buffer.copy_(values if name == "gain" else values.exp())

@@ -1,0 +1,117 @@
+"""How much the model's answer depends on each number that a site puts out: the weights that turn local errors into damage.
+
+A small change D of a site's output O moves the answer by J D. Averaged over random directions of the answer with gradient g,
+E (g . D)^2 is its squared length, and for g = d log p(y) / dO with y drawn from the model itself it is twice the
+Kullback-Leibler divergence that the change causes (the Fisher information, to second order). One backward pass gives g for
+all sites. With errors of different tokens taken as independent, damage = sum over tokens of (g_t . D_t)^2. They are not quite:
+neighbours err alike, and where all tokens reach one answer it moves by (sum of g_t . D_t)^2, on average several times as far.
+That square has far more noise, so candidates are measured by the first, times the ratio of the two over all candidates of a
+method at a site (see `weigh.coherence`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from ..data.batch import Inputs, run
+from ..models.answers import embedding
+from ..models.checkpoint import Answer
+from ..sites.calls import Call
+from ..sites.swap import swapped
+
+# Random directions a sample: one answer needs several, or a candidate's damage is mostly the luck of the draw; a text's are
+# as many as its positions.
+DIRECTIONS: Mapping[Answer, int] = {"classes": 8, "features": 8, "next-token": 1, "tokens": 1}
+
+
+def answer_gradients(
+    model: nn.Module, names: Sequence[str], inputs: Inputs, answer: Answer, seed: int, at_most: int | None = None
+) -> dict[str, Tensor]:
+    """Gradients of random directions of the answer at the output of each named site: {name: (R, B, H, n, d)}, float32.
+
+    R is that of `DIRECTIONS`, or `at_most`.
+
+    Logits over a vocabulary: log p of a token drawn from the model's own distribution, summed over positions. Class logits
+    and features: a Gaussian direction, so that confident answers count as much as doubtful ones.
+    """
+    outputs: dict[str, Tensor] = {}
+
+    def recorder(name: str) -> object:
+        def record(call: Call) -> Tensor:
+            output = call.exact()
+            if not output.requires_grad:  # the first site: nothing before it asks for gradients
+                output = output.detach().requires_grad_()
+            outputs[name] = output
+            return output
+
+        return record
+
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        _frozen(model),
+        swapped(model, {name: recorder(name) for name in names}),  # type: ignore[misc]
+    ):
+        count = min(DIRECTIONS[answer], at_most or DIRECTIONS[answer])
+        directions = _directions(run(model, inputs), inputs, answer, seed, count)
+        reached = {name: outputs[name] for name in names if name in outputs}
+        found = [
+            torch.autograd.grad(  # the last pass frees the activations on its way, as a text's only one must
+                scalar, list(reached.values()), retain_graph=i + 1 < count, materialize_grads=True
+            )
+            for i, scalar in enumerate(directions)
+        ]
+    return {name: torch.stack(draws).float() for name, draws in zip(reached, zip(*found, strict=True), strict=True)}
+
+
+def damage(output: Tensor, exact: Tensor, gradient: Tensor) -> Tensor:
+    """Sum over tokens of (g_t . (O'_t - O_t))^2 per sample and head, mean over the gradients (R, B, H, n, d): (B, H)."""
+    return damages(output, exact, gradient)[0]
+
+
+def damages(output: Tensor, exact: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    """`damage`, and the same with the square outside the sum: what it is where errors of different tokens add up."""
+    error = (output - exact).float()
+    moved = [(error * g).sum(-1) for g in gradient]  # R times (B, H, n)
+    apart, together = ([x.square().sum(-1) for x in moved], [x.sum(-1).square() for x in moved])
+    return torch.stack(apart).mean(0), torch.stack(together).mean(0)
+
+
+def _directions(answers: Tensor, inputs: Inputs, answer: Answer, seed: int, count: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [_direction(answers, inputs, answer, generator) for _ in range(count)]
+
+
+def _direction(answers: Tensor, inputs: Inputs, answer: Answer, generator: torch.Generator) -> Tensor:
+    if answer in ("next-token", "tokens"):
+        logits = answers.flatten(0, 1)  # (B * n, vocabulary)
+        if not isinstance(inputs, Tensor) and "attention_mask" in inputs:
+            logits = logits[inputs["attention_mask"].flatten().bool()]
+        with torch.no_grad():  # a token of each position by the inverse of its distribution function
+            uniform = torch.rand(len(logits), generator=generator).to(logits.device)
+            rows = zip(logits.split(256), uniform.split(256), strict=True)
+            drawn = torch.cat(
+                [torch.searchsorted(x.float().softmax(-1).cumsum(-1), u[:, None] * 0.999999)[:, 0] for x, u in rows]
+            )
+        return -nn.functional.cross_entropy(logits.float(), drawn, reduction="sum")
+    values = (
+        embedding(answers, inputs) if answer == "features" else answers.float() - answers.float().mean(-1, keepdim=True)
+    )
+    return (values * torch.randn(values.shape, generator=generator, dtype=values.dtype).to(values.device)).sum()
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """No gradients for the weights, which would cost the memory of all activations before the first site."""
+    wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in wanted:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in wanted:
+            parameter.requires_grad_(True)

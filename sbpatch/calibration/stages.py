@@ -1,0 +1,265 @@
+"""Measure every attention site on a sample batch and decide what each of its heads becomes: batches -> plan.
+
+1. Per head: entropy and what else the exact attention is like. The paper's rule (arXiv 2110.15343, section 4): high entropy
+   wants more low-rank, low entropy more sparse; here it orders the splits that are tried, and the measurement decides.
+2. Per head, over a grid of methods, splits and budgets: the output error, and the damage that error does to the model's
+   answer (see sensitivity), on the inputs that the exact model gives the site. Where heads are few, a second look between
+   the points of that grid, around those that the budget would buy.
+3. One budget for all heads of all sites: a choice on each head's curve of damage against cost (see allocate).
+4. The few numbers of the chosen layers that are learned (see refine).
+5. The whole model with that choice: on samples that no choice has seen, where there are any.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatch
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..attention import parse_method
+from ..data import batch
+from ..data.batch import Inputs
+from ..errors import SbpatchError
+from ..models.checkpoint import Answer
+from ..plan.plan import Budget, Plan
+from ..plan.recipe import Allocation, Objective, SiteSetting, check_patterns
+from ..progress import Progress, no_progress
+from ..sites.find import find_sites
+from .candidates import FEW_HEADS, Candidate, built, candidates_for, site_seed
+from .check import Check, check_plan, pick, smallest_that_keeps
+from .choose import Choice
+from .costs import CostTable, default_path
+from .decide import MIN_TOKENS, first_decision, set_aside
+from .journal import Journal
+from .refine import LEARNED, REFINED, learn
+from .sensitivity import DIRECTIONS
+from .trial import Trial
+from .weigh import coherence, promising
+
+
+class Screen(NamedTuple):
+    """Samples to choose on: all candidates are measured on the first few, the promising ones on a part of what there is."""
+
+    first: int
+    least: int
+    most: int
+    one_in: int
+
+    def of(self, samples: int) -> int:
+        return min(max(samples // self.one_in, self.least), self.most)
+
+
+# Each position of a text's logits is an answer of its own, so fewer texts say as much.
+SCREENED: Mapping[Answer, Screen] = {
+    "classes": Screen(2, 8, 32, 4),
+    "features": Screen(2, 8, 32, 4),
+    "next-token": Screen(1, 3, 8, 16),
+    "tokens": Screen(1, 4, 8, 16),
+}
+CHECKED: Mapping[Answer, int] = {"classes": 1024, "features": 256, "next-token": 8, "tokens": 32}
+WIDE = 0.06  # share of the entries around which candidates are tried where the budget is none of entries
+
+
+@torch.inference_mode()
+def calibrate(
+    model: nn.Module,
+    batches: Sequence[Inputs],
+    *,
+    budget: float = 0.03,
+    max_drop: float | None = None,
+    method: str = "auto",
+    objective: Objective = "memory",
+    allocation: Allocation = "joint",
+    answer: Answer | None = None,
+    seed: int = 0,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    min_tokens: int = MIN_TOKENS,
+    fixed: Mapping[str, SiteSetting] = MappingProxyType({}),
+    keep_slow: bool = False,
+    costs: CostTable | None = None,
+    refine: bool = False,
+    name: str = "",
+    journal: Journal | None = None,
+    progress: Progress[Any] = no_progress,
+) -> Plan:
+    """Decide for every attention site of `model`, and every head of it, whether and how to patch it.
+
+    Args:
+        model: any module whose attention `find_sites` finds; it is left as it was.
+        batches: sample inputs on the model's device, images (B, 3, H, W) or named tensors; run one batch at a time.
+        budget: entries stored over entries of exact attention, on average over the sites, weighted by their entries; with
+            `objective="time"` the share of the exact attention's time instead.
+        max_drop: in place of a budget, the smallest one that costs the whole model at most this much: points of top-1 or
+            of cosine x 100, percent of perplexity.
+        method: `auto`, or a name that `attention.parse_method` takes; of a joined one the parts alone are tried too.
+        objective: what `budget` is a share of.
+        allocation: `joint`, or for comparison the budget at every site: `measured` takes the split with the lowest error,
+            `entropy` the paper's rule, `uniform` half and half.
+        answer: what `inputs.run(model, batch)` gives; by default told from its shape.
+        seed: of everything random; the same seed and the same cost table give the same plan and the same tensors.
+        include, exclude: shell patterns over site names; a site must match one of `include`, where given.
+        min_tokens: with `keep_slow`, sites with fewer tokens stay exact.
+        fixed: settings by shell pattern over site names, taken as they are instead of a search, slow or not.
+        keep_slow: also take patches that are slower than exact attention on this device. By default a site or head where no
+            patch is faster stays exact, and a site without any is set aside before the budget is shared out. No difference
+            with `objective="time"`, which such patches cannot serve.
+        costs: the times that decide this; by default those of this machine, measured where they are not known yet.
+        refine: take more time to learn what is learned of the chosen layers (see refine).
+        journal: keeps what was measured, so that a calibration that was cut off goes on where it was.
+
+    Raises:
+        SbpatchError: no attention found, nothing left to patch, or a budget that cannot be met.
+    """
+    _refuse_wrong(batches, budget, max_drop, method, allocation)
+    sites = find_sites(model, batch.samples(batches[0], 0, 1))
+    check_patterns([s.name for s in sites], {"--include": include, "--exclude": exclude, "the recipe's sites": fixed})
+    plan = Plan(
+        model=name, seed=seed, budget=Budget(requested=budget), sites=[], objective=objective, allocation=allocation,
+        max_drop=max_drop,
+    )  # fmt: skip
+    device = batch.device(batches[0])
+    if keep_slow and objective == "memory":
+        costs = None
+    else:
+        first = next(model.parameters(), None)
+        costs = costs or CostTable(default_path(), device, torch.float32 if first is None else first.dtype)
+    plan.sites = [first_decision(site, include, exclude, costs or min_tokens, fixed) for site in sites]
+    _refuse_empty(plan)
+    answer = answer or _answer(model, batches[0], plan)
+
+    screening = SCREENED[answer]
+    screened = screening.of(sum(map(batch.count, batches)))
+    screen = _first_samples(batches, screened)
+    unseen = _first_samples(_after(batches, screened), CHECKED[answer])
+    trial = Trial(model, plan, answer, journal or Journal(None, ""), progress)
+    moments = trial.profile(screen)
+    around = budget if max_drop is None and objective == "memory" else WIDE
+    candidates = _candidates(plan, moments, around, method, allocation, fixed, device, costs)
+    _refuse_empty(plan)
+    tried = {site: len(layers) for site, layers in candidates.items()}
+    simple = method == "auto" and objective == "memory"
+    if any(count > 1 for count in tried.values()):
+        look = _first_samples(screen, screening.first)
+        trial.measure(candidates, look, "trying splits")
+        _weigh(candidates, answer)
+        if allocation == "joint" and max_drop is None and sum(site.heads for site in plan.patched) <= FEW_HEADS:
+            found = Choice(plan, candidates, tried, objective, simple, costs).closer(budget, moments, device)
+            trial.measure(found, look, "looking closer")
+            candidates = {site: layers + found[site] for site, layers in candidates.items()}
+            _weigh(candidates, answer)
+            tried = {site: len(layers) for site, layers in candidates.items()}
+        candidates = {site: promising(layers, objective) for site, layers in candidates.items()}
+        trial.measure(candidates, _after(screen, screening.first), "comparing the best")
+        _weigh(candidates, answer)
+    choice = Choice(plan, candidates, tried, objective, simple, costs)
+    check = Check(model, answer, screen, unseen, progress)
+    plans = choice.plans
+    plan = pick(plans(budget), check) if max_drop is None else smallest_that_keeps(plans, max_drop, check)
+    if not plan.patched:
+        raise SbpatchError(
+            f"nothing to patch: with {plan.budget.requested:g} of the entries every one of {len(plan.sites)} sites is best "
+            "left exact; lower --budget, or allow a larger --max-drop"
+        )
+    plan = learn(model, plan, _first_samples(screen, screening.least), answer, REFINED if refine else LEARNED, progress)
+    check_plan(plan, check)
+    return plan
+
+
+def _refuse_wrong(
+    batches: Sequence[Inputs], budget: float, max_drop: float | None, method: str, allocation: Allocation
+) -> None:
+    """Refuse what no model can be calibrated with."""
+    if not 0 < budget < 1:
+        raise SbpatchError(f"budget {budget:g} is not a share between 0 and 1 (0.03 stores 3 % of the entries)")
+    if max_drop is not None and not max_drop >= 0:
+        raise SbpatchError(f"a drop of at most {max_drop:g} cannot be kept: it must be 0 or more")
+    if max_drop is not None and allocation != "joint":
+        raise SbpatchError(f"a drop is kept by the joint allocation alone, not by '{allocation}'")
+    if method != "auto":
+        parse_method(method)
+    if not batches or not batch.count(batches[0]):
+        raise SbpatchError("no samples to calibrate on")
+
+
+def _refuse_empty(plan: Plan) -> None:
+    if not plan.patched:
+        reasons = "; ".join(f"{s.name}: {s.reason}" for s in plan.sites[:3])
+        slow = plan.objective == "memory" and any(site.patched_ms is not None for site in plan.sites)
+        advice = "; --keep-slow patches all the same, for the memory of eager attention" if slow else ""
+        raise SbpatchError(f"nothing to patch among {len(plan.sites)} attention sites ({reasons}){advice}")
+
+
+def _answer(model: nn.Module, inputs: Inputs, plan: Plan) -> Answer:
+    """Class logits have two dimensions; of three, causal attention over token ids gives the next token's."""
+    output = batch.run(model, batch.samples(inputs, 0, 1))
+    if output.ndim == 2:
+        return "classes"
+    tokens = not isinstance(inputs, Tensor) and "input_ids" in inputs
+    return "next-token" if tokens and any(site.causal for site in plan.sites) else "features"
+
+
+def _weigh(candidates: Mapping[str, list[Candidate]], answer: Answer) -> None:
+    """Damage by what errors do together, where all tokens of a sample reach one answer; a text's positions have their own."""
+    if DIRECTIONS[answer] > 1:
+        for layers in candidates.values():
+            coherence(layers)
+
+
+def _first_samples(batches: Sequence[Inputs], count: int) -> list[Inputs]:
+    """The first `count` samples, in batches as they came."""
+    taken, out = 0, []
+    for one in batches:
+        if taken >= count:
+            break
+        out.append(batch.samples(one, 0, count - taken))
+        taken += batch.count(out[-1])
+    return out
+
+
+def _after(batches: Sequence[Inputs], count: int) -> list[Inputs]:
+    """What `_first_samples` of `count` leaves over."""
+    out = []
+    for one in batches:
+        size = batch.count(one)
+        if size > count:
+            out.append(batch.samples(one, count, size))
+        count = max(count - size, 0)
+    return out
+
+
+def _candidates(
+    plan: Plan,
+    moments: Mapping[str, tuple[Tensor, Tensor]],
+    budget: float,
+    method: str,
+    allocation: Allocation,
+    fixed: Mapping[str, SiteSetting],
+    device: torch.device,
+    costs: CostTable | None,
+) -> dict[str, list[Candidate]]:
+    """Layers to try by site; a site where none is faster than exact attention is set aside."""
+    found: dict[str, list[Candidate]] = {}
+    heads = sum(site.heads for site in plan.patched)
+    for i, site in enumerate(plan.sites):
+        if site.decision != "patch":
+            continue
+        seed = site_seed(plan.seed, i)
+        setting = next((s for pattern, s in fixed.items() if fnmatch(site.name, pattern)), None)
+        if setting is not None:
+            layer = built(setting.method, site, seed, moments.get(site.name), **setting.parameters).to(device)
+            found[site.name] = [Candidate(layer, None if costs is None else costs.ms(layer))]
+            continue
+        layers, fastest = candidates_for(
+            site, seed, budget, moments=moments.get(site.name), method=method, allocation=allocation, heads=heads,
+            device=device, costs=costs,
+        )  # fmt: skip
+        if layers:
+            found[site.name] = layers
+        elif costs is not None:
+            set_aside(site, costs, fastest)
+    return found

@@ -1,0 +1,88 @@
+"""Runs of the exact model in which something is measured at its sites: what each head is like, and what candidates do there."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..data import batch
+from ..data.batch import Inputs
+from ..models.checkpoint import Answer
+from ..plan.plan import Plan, SitePlan
+from ..progress import Progress
+from ..sites.calls import Call
+from ..sites.fidelity import head_profile, second_moments
+from ..sites.swap import swapped
+from .candidates import Candidate
+from .journal import Journal
+from .sensitivity import answer_gradients
+
+
+class Trial:
+    """Runs of the exact model in which something is measured at its sites; each batch's figures go to the journal."""
+
+    def __init__(self, model: nn.Module, plan: Plan, answer: Answer, journal: Journal, progress: Progress[Any]) -> None:
+        self.model, self.plan, self.answer, self.journal, self.progress = model, plan, answer, journal, progress
+
+    def profile(self, batches: Sequence[Inputs]) -> dict[str, tuple[Tensor, Tensor]]:
+        """Fill in each supported site's entropy and the other figures of its heads.
+
+        Returns:
+            Second moments of the queries and keys of the sites that may be patched and are not causal, (H, d, d) each.
+        """
+        moments: dict[str, tuple[Tensor, Tensor]] = {}
+        supported = [site for site in self.plan.sites if site.decision != "unsupported"]
+        totals: dict[str, dict[str, Tensor]] = {site.name: {} for site in supported}
+
+        def observer(site: SitePlan) -> Callable[[Call], Tensor]:
+            def observe(call: Call) -> Tensor:
+                call = call.plain(site.causal)
+                for figure, values in head_profile(call).items():
+                    total = values.double().sum(0).cpu()
+                    totals[site.name][figure] = totals[site.name].get(figure, 0) + total
+                if site.decision == "patch" and not site.causal:
+                    seen = tuple(x.sum(0).cpu() / count for x in second_moments(call))
+                    before = moments.get(site.name, (0, 0))
+                    moments[site.name] = (before[0] + seen[0], before[1] + seen[1])
+                return call.exact()
+
+            return observe
+
+        count = sum(batch.count(one) for one in batches)
+        with swapped(self.model, {site.name: observer(site) for site in supported}):
+            for one in self.progress(batches, "entropy"):
+                batch.run(self.model, one)
+        for site in supported:
+            for figure, total in totals[site.name].items():
+                setattr(site, figure, (total / count).tolist())
+            assert site.entropy is not None
+            site.entropy_ratio = sum(site.entropy) / site.heads / math.log(site.tokens)
+        return moments
+
+    def measure(self, candidates: Mapping[str, list[Candidate]], batches: Sequence[Inputs], description: str) -> None:
+        """Run every candidate of every site on the inputs that the exact model gives that site."""
+        names = list(candidates)
+        causal = {site.name: site.causal for site in self.plan.sites}
+        for number, one in enumerate(self.progress(batches, description)):
+            key = f"{description} {number} " + " ".join(f"{name} {len(candidates[name])}" for name in names)
+            if self.journal.recall(key, candidates):
+                continue
+            seed = self.plan.seed * 1000 + number
+            gradients = answer_gradients(self.model, names, one, self.answer, seed)
+
+            def observer(name: str, gradients: Mapping[str, Tensor] = gradients) -> Callable[[Call], Tensor]:
+                def observe(call: Call) -> Tensor:
+                    exact = call.exact()
+                    plain = call.plain(causal[name])
+                    for candidate in candidates[name]:
+                        candidate.observe(plain, exact, gradients[name])
+                    return exact
+
+                return observe
+
+            with swapped(self.model, {name: observer(name) for name in names}):
+                batch.run(self.model, one)
+            self.journal.record(key, candidates)

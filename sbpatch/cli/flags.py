@@ -1,0 +1,178 @@
+"""Flags that several commands share, and what they do: models, samples, devices, progress bars, JSON."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import track
+
+from ..data import texts, tokens
+from ..data.batch import Inputs, moved
+from ..data.preprocessing import Preprocessing, TextPreprocessing
+from ..data.samples import Samples, batches
+from ..data.sources import open_images, sample_images
+from ..errors import SbpatchError
+from ..evaluation.evaluate import check_classes
+from ..models.checkpoint import Checkpoint
+from ..models.load import DEMO, load_checkpoint
+from ..plan import artifact
+from ..plan.plan import Plan
+
+out, err = Console(), Console(stderr=True)
+
+
+class Device(StrEnum):
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+    def resolve(self) -> str:
+        if self is Device.auto:
+            return "cuda" if torch.cuda.is_available() else "cpu"
+        if self is Device.cuda and not torch.cuda.is_available():
+            raise SbpatchError("no CUDA device here (torch.cuda.is_available() is false): use --device cpu")
+        return self.value
+
+
+class Dtype(StrEnum):
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+def json_place(path: Path | None) -> Path | None:
+    """Refuse a place that cannot be written to before any work is done."""
+    if path is not None and str(path) != "-" and (path.is_dir() or not path.absolute().parent.is_dir()):
+        raise SbpatchError(f"cannot write {path}: it is a directory, or its folder does not exist")
+    return path
+
+
+Model = Annotated[str, typer.Argument(help="alias (t2t-vit-demo, t2t-vit-14), directory, checkpoint file or timm name")]
+CheckpointFile = Annotated[Path | None, typer.Option("--checkpoint", help="weights file in place of the published one")]
+InputSize = Annotated[int | None, typer.Option("--input-size", help="pixels a side, where not the model's own")]
+Length = Annotated[
+    int | None, typer.Option("--length", min=2, help="tokens a sample of text, where not the model's own")
+]
+Dataset = Annotated[
+    str, typer.Option("--dataset", help="demo, imagenet-val, cifar10; wikitext-2, python-docs; a path or a hub id")
+]
+Source = Annotated[str | None, typer.Option("--data", help="where the sample comes from: a data set's name or path")]
+DataDir = Annotated[Path | None, typer.Option("--data-dir", help="where the data set's files are")]
+DeviceFlag = Annotated[Device, typer.Option("--device")]
+DtypeFlag = Annotated[Dtype, typer.Option("--dtype", help="of weights and activations")]
+Seed = Annotated[int, typer.Option("--seed", min=0, help="of everything random")]
+JsonFile = Annotated[
+    Path | None,
+    typer.Option("--json", help="write the result to this file, - for standard output", callback=json_place),
+]
+Quiet = Annotated[bool, typer.Option("--quiet", help="no tables, no progress bars")]
+
+
+def progress_bars(quiet: bool) -> Callable[[Sequence[Any], str], Iterable[Any]]:
+    def progress(items: Sequence[Any], description: str) -> Iterable[Any]:
+        return track(items, description=f"{description:<18}", console=err, disable=quiet)
+
+    return progress
+
+
+def write_json(path: Path | None, text: str) -> None:
+    if path is not None and str(path) == "-":
+        sys.stdout.write(text)
+    elif path is not None:
+        with artifact.written_whole(path) as fresh:
+            fresh.write_text(text, encoding="utf-8")
+
+
+# -- what a command runs on ------------------------------------------------------------------------------------------
+
+
+def open_model(
+    name: str,
+    checkpoint: Path | None = None,
+    input_size: int | None = None,
+    length: int | None = None,
+    plan: Plan | None = None,
+) -> Checkpoint:
+    """A model at the size asked for, else at its plan's, else at its own.
+
+    Raises:
+        SbpatchError: as `load_checkpoint`; a length for no text, pixels for text, or another length than the plan's.
+    """
+    planned = plan.input_size if plan and plan.input_size else []
+    if len(planned) == 1 and length not in (None, *planned):
+        raise SbpatchError(f"{name} was calibrated at {planned[0]} tokens: calibrate again for a --length of {length}")
+    loaded = load_checkpoint(name, checkpoint, input_size or length or (planned[-1] if planned else None))
+    text = isinstance(loaded.preprocessing, TextPreprocessing)
+    if (wrong := input_size if text else length) is not None:
+        flags = "text: give --length, not --input-size" if text else "no text: give --input-size, not --length"
+        raise SbpatchError(f"{loaded.name} takes {flags} {wrong}")
+    return loaded
+
+
+def size_of(loaded: Checkpoint) -> list[int]:
+    """What a plan keeps of the inputs' size: (channels, height, width), or tokens alone."""
+    preprocessing = loaded.preprocessing
+    return [preprocessing.tokens] if isinstance(preprocessing, TextPreprocessing) else list(preprocessing.input_size)
+
+
+def calibration_set(
+    loaded: Checkpoint, source: str | None, count: int, seed: int, data_dir: Path | None = None
+) -> Samples:
+    """`count` samples of a kind that the model takes, of a source's training part.
+
+    Without a source: the demo's own digits, the photographs that scikit-learn ships, or Python's language reference.
+
+    Raises:
+        SbpatchError: the source cannot be read, has too few, or is of the other kind.
+    """
+    preprocessing = loaded.preprocessing
+    if isinstance(preprocessing, Preprocessing):
+        source = source or ("demo" if loaded.name == DEMO else None)
+        return sample_images(source, preprocessing, count, seed, data_dir=data_dir)
+    text = texts.open_text(source or "python-docs", data_dir=data_dir, split="train")
+    draw = tokens.sample_windows if loaded.answer == "next-token" else tokens.sample_passages
+    return draw(text, preprocessing, count, seed)
+
+
+def evaluation_set(
+    loaded: Checkpoint,
+    source: str,
+    *,
+    data_dir: Path | None = None,
+    limit: int | None = None,
+    stride: int | None = None,
+) -> Samples:
+    """The samples of a source's test part, read and checked against the model.
+
+    Raises:
+        SbpatchError: the source cannot be read, is of the other kind, or has other classes than the model.
+    """
+    preprocessing = loaded.preprocessing
+    if stride is not None and loaded.answer != "next-token":
+        raise SbpatchError(f"--stride is for models that predict the next token, and {loaded.name} does not")
+    if isinstance(preprocessing, Preprocessing):
+        images = open_images(source, preprocessing, data_dir=data_dir, limit=limit)
+        images.check()
+        check_classes(loaded, images)
+        return images
+    text = texts.open_text(source, data_dir=data_dir)
+    if loaded.answer == "next-token":
+        return tokens.windows(text, preprocessing, stride=stride, limit=limit)
+    return tokens.passages(text, preprocessing, limit=limit)
+
+
+def default_batch(loaded: Checkpoint) -> int:
+    """Samples a batch: one for causal models, whose windows are long and whose logits go over a vocabulary."""
+    return 1 if loaded.answer == "next-token" else 8
+
+
+def input_batches(loaded: Checkpoint, samples: Samples, device: str, dtype: torch.dtype) -> list[Inputs]:
+    """The inputs of all samples on a device, in batches to calibrate on."""
+    return [moved(x, device, dtype) for x, _ in batches(samples, default_batch(loaded))]

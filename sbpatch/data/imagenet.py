@@ -1,0 +1,104 @@
+"""ImageNet's validation images, in whichever of the accepted forms they lie, and their labels."""
+
+from __future__ import annotations
+
+import tarfile
+from collections.abc import Mapping, Sequence
+from functools import partial
+from io import BytesIO
+from pathlib import Path
+
+from PIL import Image
+from scipy.io.matlab import MatReadError, loadmat  # scipy comes with scikit-learn
+from timm.data.imagenet_info import ImageNetInfo
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+from ..errors import SbpatchError, one_line
+from .images import Item, decode, file_item
+
+VAL_TAR, DEVKIT = "ILSVRC2012_img_val.tar", "ILSVRC2012_devkit_t12"
+TRUTH, META = "ILSVRC2012_validation_ground_truth.txt", "meta.mat"
+
+
+def imagenet_val(roots: Sequence[Path | str | None]) -> list[Item]:
+    """The validation images in the first of the places that has some, whichever of the accepted forms they have."""
+    places = [Path(root).expanduser() for root in roots if root]
+    index = {wnid: i for i, wnid in enumerate(ImageNetInfo().label_names())}
+    for place in places:
+        for folder in (place, place / "val", place / "ILSVRC2012_img_val"):
+            if not folder.is_dir():
+                continue
+            wnids = sorted(d.name for d in folder.iterdir() if d.is_dir() and d.name in index)
+            if wnids:
+                files = (f for w in wnids for f in sorted((folder / w).iterdir()) if f.suffix.lower() in IMG_EXTENSIONS)
+                return [file_item(f, folder, index[f.parent.name]) for f in files]
+            flat = sorted(folder.glob("ILSVRC2012_val_*.JPEG"))
+            if flat:
+                labels = _labels(place, index)
+                return [file_item(f, folder, _label(f.name, labels, place)) for f in flat]
+        if (place / VAL_TAR).is_file():
+            return _tar(place / VAL_TAR, _labels(place, index))
+    if not places:
+        raise SbpatchError("imagenet-val: say where it is with --data-dir DIR or $IMAGENET_DIR")
+    raise SbpatchError(
+        f"imagenet-val: neither class folders n01440764/, ILSVRC2012_val_*.JPEG nor {VAL_TAR} in "
+        f"{' or '.join(map(str, places))} or val/ under it"
+    )
+
+
+def _tar(path: Path, labels: Mapping[str, int]) -> list[Item]:
+    def read(offset: int, size: int) -> Image.Image:
+        with path.open("rb") as file:
+            file.seek(offset)
+            return decode(file.read(size))
+
+    try:
+        with tarfile.open(path) as archive:
+            members = sorted((m for m in archive if m.isfile()), key=lambda m: m.name)
+    except (tarfile.TarError, OSError, EOFError) as error:
+        raise SbpatchError(f"{path} is damaged or not a tar file ({one_line(error)}): get it again") from None
+    return [
+        Item(f"{path}:{m.name}", f"{Path(m.name).name} {m.size}", label, partial(read, m.offset_data, m.size))
+        for m in members
+        for label in (_label(Path(m.name).name, labels, path.parent),)
+    ]
+
+
+def _label(name: str, labels: Mapping[str, int], place: Path) -> int:
+    if name not in labels:
+        raise SbpatchError(f"imagenet-val: the labels in {place} do not cover {name}")
+    return labels[name]
+
+
+def _labels(place: Path, index: Mapping[str, int]) -> dict[str, int]:
+    """File name -> class, from val.txt or the devkit; its ids from 1 follow their own order, which meta.mat translates."""
+    try:
+        if (place / "val.txt").is_file():
+            rows = (line.split() for line in (place / "val.txt").read_text().splitlines() if line.strip())
+            return {Path(name).name: int(label) for name, label in rows}
+        truth, meta = _devkit_file(place, TRUTH), _devkit_file(place, META)
+        if truth is None:
+            raise SbpatchError(f"imagenet-val: no labels in {place}: put val.txt or {DEVKIT}.tar.gz beside the images")
+        if meta is None:
+            raise SbpatchError(
+                f"imagenet-val: {TRUTH} in {place} cannot be read without the devkit's {META}: put it beside it"
+            )
+        synsets = loadmat(BytesIO(meta), squeeze_me=True)["synsets"]
+        classes = {int(s["ILSVRC2012_ID"]): index[str(s["WNID"])] for s in synsets if str(s["WNID"]) in index}
+        ids = [int(line) for line in truth.split()]
+        return {f"ILSVRC2012_val_{i:08d}.JPEG": classes[number] for i, number in enumerate(ids, start=1)}
+    except (OSError, EOFError, ValueError, TypeError, LookupError, tarfile.TarError, MatReadError) as error:
+        raise SbpatchError(
+            f"imagenet-val: the labels in {place} are not in the official form ({one_line(error)})"
+        ) from None
+
+
+def _devkit_file(place: Path, name: str) -> bytes | None:
+    for folder in (place, place / "data", place / DEVKIT / "data"):
+        if (folder / name).is_file():
+            return (folder / name).read_bytes()
+    if (place / f"{DEVKIT}.tar.gz").is_file():
+        with tarfile.open(place / f"{DEVKIT}.tar.gz") as archive:
+            member = archive.extractfile(f"{DEVKIT}/data/{name}")
+            return member.read() if member else None
+    return None

@@ -1,0 +1,101 @@
+"""What a model expects as its input: images of one size, or tokens of its tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from PIL.Image import Image
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.data.transforms_factory import create_transform
+from torch import Tensor
+
+from ..errors import SbpatchError, one_line
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How an image becomes an input: resize to `input_size / crop_pct`, crop the centre, scale to 0..1, normalise.
+
+    `input_size` is (channels, height, width) in pixels; `mean` and `std` are per channel, for values from 0 to 1.
+    """
+
+    input_size: tuple[int, int, int] = (3, 224, 224)
+    interpolation: str = "bicubic"
+    crop_pct: float = 0.9
+    mean: tuple[float, ...] = IMAGENET_DEFAULT_MEAN
+    std: tuple[float, ...] = IMAGENET_DEFAULT_STD
+    crop_mode: str = "center"
+
+    def to_dict(self) -> dict[str, Any]:
+        """The values as JSON can hold them, under the names of timm's `pretrained_cfg`."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Preprocessing:
+        """Read `to_dict`'s values, or a timm `pretrained_cfg` (other keys are left alone).
+
+        Raises:
+            SbpatchError: a value is missing or is not of its kind.
+        """
+        try:
+            channels, height, width = (int(n) for n in values["input_size"])
+            return cls(
+                input_size=(channels, height, width),
+                interpolation=str(values["interpolation"]),
+                crop_pct=float(values["crop_pct"]),
+                mean=tuple(float(x) for x in values["mean"]),
+                std=tuple(float(x) for x in values["std"]),
+                crop_mode=str(values.get("crop_mode", "center")),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise SbpatchError(
+                f"preprocessing with a missing or wrong value ({one_line(error)}): it needs input_size, interpolation, "
+                f"crop_pct, mean and std, and has {dict(values)}"
+            ) from None
+
+    def transform(self) -> Callable[[Image], Tensor]:
+        """The evaluation transform: an RGB image -> a float32 tensor of shape `input_size`."""
+        transform: Callable[[Image], Tensor] = create_transform(**asdict(self), is_training=False)
+        return transform
+
+    def resized(self, pixels: int) -> Preprocessing:
+        """The same for square inputs of another size."""
+        return replace(self, input_size=(self.input_size[0], pixels, pixels))
+
+    def probe(self) -> Tensor:
+        """One input of zeros, (1, channels, height, width)."""
+        return torch.zeros(1, *self.input_size)
+
+
+@dataclass(frozen=True)
+class AudioPreprocessing(Preprocessing):
+    """A spectrogram of `input_size` (1, mel bands, frames): enough to inspect a model, sounds are not read."""
+
+    def transform(self) -> Callable[[Image], Tensor]:
+        raise SbpatchError(
+            "the model takes spectrograms of sounds: it can be inspected, but no audio data is read here"
+        )
+
+    def probe(self) -> Tensor:
+        """One input of zeros, (1, mel bands, frames)."""
+        return torch.zeros(self.input_size)
+
+
+@dataclass(frozen=True)
+class TextPreprocessing:
+    """How a text becomes an input: the model's own tokenizer, and at most `tokens` tokens a sample."""
+
+    tokenizer: Any  # of transformers
+    tokens: int
+
+    def probe(self) -> dict[str, Tensor]:
+        """One sample of `tokens` equal tokens, none of them padding: `input_ids` and `attention_mask`, (1, tokens)."""
+        ids = torch.full((1, self.tokens), self.tokenizer.unk_token_id or 0)
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+    def resized(self, tokens: int) -> TextPreprocessing:
+        """The same for samples of another length."""
+        return replace(self, tokens=tokens)

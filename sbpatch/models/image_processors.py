@@ -1,0 +1,70 @@
+"""An image processor of transformers -> the same preprocessing in our own terms, checked on a picture."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from PIL import Image
+
+from ..data.preprocessing import Preprocessing
+from ..errors import SbpatchError
+
+INTERPOLATION = {0: "nearest", 2: "bilinear", 3: "bicubic"}  # PIL's numbers
+ALIKE = 0.02  # of the values' spread: how far PIL and torchvision may resample apart, on average
+
+
+def image_preprocessing(processor: Any) -> Preprocessing:
+    """What `processor` does, as a `Preprocessing`.
+
+    Raises:
+        SbpatchError: it does something else than resize, crop, scale to 0..1 and normalise to one fixed size.
+    """
+    name = type(processor).__name__
+    size, crop = _edges(processor, "do_resize", "size"), _edges(processor, "do_center_crop", "crop_size")
+    if not size or len(crop or size) != 2 or processor.resample not in INTERPOLATION:
+        raise SbpatchError(
+            f"{name} with size {processor.size}: it does not resize to one size in a way that is known here"
+        )
+    height, width = crop or size
+    normalised = bool(processor.do_normalize)
+    preprocessing = Preprocessing(
+        input_size=(3, height, width),
+        interpolation=INTERPOLATION[processor.resample],
+        crop_pct=_share(height, size[0]),
+        mean=tuple(processor.image_mean) if normalised else (0.0, 0.0, 0.0),
+        std=tuple(processor.image_std) if normalised else (1.0, 1.0, 1.0),
+        crop_mode="squash" if len(size) == 2 else "center",
+    )
+    picture = _picture()
+    theirs = torch.as_tensor(processor(picture, return_tensors="pt")["pixel_values"][0])
+    ours = preprocessing.transform()(picture)
+    if theirs.shape != ours.shape or (theirs - ours).abs().mean() > ALIKE * (ours.max() - ours.min()):
+        raise SbpatchError(f"{name} prepares images in a way of its own, which resize, crop and normalise do not give")
+    return preprocessing
+
+
+def _edges(processor: Any, switch: str, key: str) -> tuple[int, ...]:
+    """(height, width), or the (shortest edge,), or () where the step is left out or is another one."""
+    if not getattr(processor, switch, None):
+        return ()
+    size = {edge: pixels for edge, pixels in dict(getattr(processor, key)).items() if pixels is not None}
+    if size.keys() == {"height", "width"}:
+        return size["height"], size["width"]
+    return (size["shortest_edge"],) if size.keys() == {"shortest_edge"} else ()
+
+
+def _share(inner: int, outer: int) -> float:
+    """inner / outer, such that `inner / share`, rounded down, is `outer` again."""
+    share = inner / outer
+    return share if math.floor(inner / share) == outer else math.nextafter(share, 0.0)
+
+
+def _picture() -> Image.Image:
+    """A smooth RGB image, wider than high, different in each corner."""
+    picture = Image.new("RGB", (320, 240))
+    ramp = Image.linear_gradient("L")
+    bands = (ramp.rotate(90), ramp, Image.radial_gradient("L"))
+    picture.paste(Image.merge("RGB", [band.resize(picture.size) for band in bands]))
+    return picture

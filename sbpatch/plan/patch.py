@@ -1,0 +1,65 @@
+"""Carry out a plan on a model, take it back, and keep both as a directory."""
+
+from __future__ import annotations
+
+from itertools import chain
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+
+from ..errors import SbpatchError
+from ..models.load import load_checkpoint
+from ..sites.swap import PatchedSite, restore, swap
+from .plan import PLAN_FILE, Plan, patch_tensors
+
+TENSORS_FILE = "sbpatch.safetensors"
+
+
+def patch(model: nn.Module, plan: Plan) -> nn.Module:
+    """Replace the attention of the plan's patched sites, in place; returns the model. `unpatch` undoes it exactly.
+
+    Raises:
+        SbpatchError: the plan was made for another model, or the model is patched already.
+    """
+    first = next(chain(model.parameters(), model.buffers()))  # every model has a tensor
+    layers = {name: PatchedSite(name, layer).to(first.device) for name, layer in plan.layers().items()}
+    swap(model, layers)
+    return model
+
+
+def unpatch(model: nn.Module) -> nn.Module:
+    """Give every patched site its own attention back, in place; returns the model."""
+    restore(model)
+    return model
+
+
+def read_plan(directory: Path) -> Plan:
+    """The plan of a directory that `calibrate -o` wrote, with the patch's tensors.
+
+    Raises:
+        SbpatchError: the directory is no such one, or one of its files is damaged.
+    """
+    if not directory.is_dir():
+        raise SbpatchError(f"no directory {directory}; `sbpatch calibrate MODEL -o {directory}` makes it")
+    tensors = {}
+    if (path := directory / TENSORS_FILE).exists():
+        try:
+            tensors = load_file(path)
+        except (SafetensorError, OSError) as error:
+            raise SbpatchError(f"{path} cannot be read ({error}): calibrate again") from error
+    plan = Plan.read(directory / PLAN_FILE, tensors)
+    if not tensors and any(patch_tensors(layer) for layer in plan.layers().values()):
+        raise SbpatchError(f"{path} is missing, and the plan needs the tensors in it: copy it too, or calibrate again")
+    return plan
+
+
+def load(directory: str | Path) -> nn.Module:
+    """The patched model of a directory that `calibrate -o` wrote, in evaluation mode, float32, on the CPU.
+
+    Raises:
+        SbpatchError: the directory is no such one, or one of its files is damaged.
+    """
+    plan = read_plan(Path(directory))
+    return patch(load_checkpoint(str(directory)).model, plan)

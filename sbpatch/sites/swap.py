@@ -1,0 +1,147 @@
+"""Swap what attention sites compute, reversibly.
+
+A site's module gets a subclass of its class, whose forward runs with its attention call redirected to a replacement. Nothing
+else of the model is copied or rewritten, and its state dict keeps its keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..attention.per_head import Layer, PerHead
+from ..errors import SbpatchError
+from . import interface
+from .calls import Call, Redirect
+
+
+@cache
+def _patched_class(cls: Any) -> type[nn.Module]:
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        caught: list[bool] = []  # a list, as torch.compile reads no attribute back from a mode
+
+        def attend(call: Call) -> Tensor:
+            caught.append(True)
+            return self.sbpatch(call)
+
+        with Redirect(attend):
+            output = cls.forward(self, *args, **kwargs)
+        if not caught:
+            raise SbpatchError(
+                f"a patched {cls.__name__} computed its attention in another way than at calibration (asked for its weights, "
+                "or in training with dropout?); leave it exact (--exclude)"
+            )
+        return output
+
+    return type(cls.__name__, (cls,), {"forward": forward, "sbpatch_original": cls, "__module__": cls.__module__})
+
+
+class PatchedSite(nn.Module):
+    """What a patched site computes: checks that the call is the one it was calibrated for, then runs the layer."""
+
+    def __init__(self, name: str, layer: Layer | PerHead) -> None:
+        super().__init__()
+        self.name, self.layer = name, layer
+
+    def forward(self, call: Call) -> Tensor:
+        site, queries, keys = self.layer.site, call.query.shape[-2], call.key.shape[-2]
+        if site.causal and (queries != keys or _one_row(call)):
+            return call.exact()  # decoding with a key-value cache, or a prompt read in pieces
+        heads, head_dim = call.query.shape[-3], call.query.shape[-1]
+        if (heads, head_dim) != (site.heads, site.head_dim):
+            raise SbpatchError(
+                f"site '{self.name}' was calibrated with {site.heads} heads of width {site.head_dim} and is now called with "
+                f"{heads} of width {head_dim}: the plan was made for another model"
+            )
+        if queries != keys or call.dropout_p:
+            raise SbpatchError(
+                f"site '{self.name}' was calibrated for self-attention without dropout, and is now called with "
+                f"{f'dropout {call.dropout_p:g}' if call.dropout_p else f'{queries} queries and {keys} keys'}; leave it "
+                "exact (--exclude), or set its dropout to 0"
+            )
+        if ((keys + 1) / 2 if site.causal else keys) <= self.layer.stored:
+            return call.exact()  # a row reads fewer keys than the layer would store for it
+        try:
+            call = call.plain(site.causal)
+        except SbpatchError as error:
+            raise SbpatchError(f"site '{self.name}': {error}; leave it exact (--exclude)") from error
+        device = call.query.device.type
+        q, k, v = call.query, call.key, call.value
+        if not torch.is_autocast_enabled(device):
+            return self.layer(q, k, v, key_mask=call.key_mask, scale=call.scale)
+        kind = torch.get_autocast_dtype(device)  # inputs as autocast gives them to PyTorch's attention, sums in float32
+        with torch.autocast(device, enabled=False):
+            return self.layer(q.to(kind), k.to(kind), v.to(kind), key_mask=call.key_mask, scale=call.scale)
+
+
+def _one_row(call: Call) -> bool:
+    """One mask for several queries, so they all stand at the same token: heads of a group, decoded as queries of one head."""
+    mask = call.attn_mask
+    return mask is not None and mask.ndim > 1 and mask.shape[-2] == 1 and call.query.shape[-2] > 1
+
+
+def swap(model: nn.Module, replacements: Mapping[str, Callable[[Call], Tensor]]) -> None:
+    """Let the named sites of `model` compute their replacement, in place. Undone by `restore`.
+
+    Raises:
+        SbpatchError: a name is not a module of the model, or is patched already.
+    """
+    modules = dict(model.named_modules())
+    for name in replacements:
+        if name not in modules:
+            raise SbpatchError(f"the model has no module '{name}': the plan was made for another model")
+        if hasattr(modules[name], "sbpatch"):
+            raise SbpatchError(f"site '{name}' is patched already; call unpatch first")
+    for name, replacement in replacements.items():
+        module = modules[name]
+        # A module goes through nn.Module's registration, so that it moves with the model; it brings no state dict keys.
+        module.sbpatch = replacement
+        if not interface.chosen(module):
+            module.__class__ = _patched_class(type(module))  # type: ignore[arg-type]
+        if getattr(module, "fused_attn", True) is False:  # timm's switch between one fused call and a softmax by hand
+            _change(module, "fused_attn", True)
+    interface.admit(model)
+    _close_short_cuts(model)
+
+
+def _close_short_cuts(model: nn.Module) -> None:
+    """PyTorch's transformer encoders can run a layer as one operation, past its attention module; patched ones must not."""
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer) and hasattr(module.self_attn, "sbpatch"):
+            _change(module, "activation_relu_or_gelu", 0)
+        elif isinstance(module, nn.TransformerEncoder) and any(hasattr(m, "sbpatch") for m in module.modules()):
+            _change(module, "use_nested_tensor", False)
+
+
+def _change(module: nn.Module, name: str, value: object) -> None:
+    """Set an attribute until `restore`."""
+    before = module.__dict__.setdefault("sbpatch_before", {})
+    before.setdefault(name, getattr(module, name))
+    setattr(module, name, value)
+
+
+def restore(model: nn.Module) -> None:
+    """Give every swapped site of `model` its own attention back, in place."""
+    interface.dismiss(model)
+    for module in list(model.modules()):
+        for name, value in module.__dict__.pop("sbpatch_before", {}).items():
+            setattr(module, name, value)
+        if hasattr(module, "sbpatch_original"):
+            module.__class__ = module.sbpatch_original  # type: ignore[assignment]
+        if hasattr(module, "sbpatch"):
+            del module.sbpatch
+
+
+@contextmanager
+def swapped(model: nn.Module, replacements: Mapping[str, Callable[[Call], Tensor]]) -> Iterator[None]:
+    """`swap` for the length of a with block."""
+    swap(model, replacements)
+    try:
+        yield
+    finally:
+        restore(model)
