@@ -176,3 +176,29 @@ def default_batch(loaded: Checkpoint) -> int:
 def input_batches(loaded: Checkpoint, samples: Samples, device: str, dtype: torch.dtype) -> list[Inputs]:
     """The inputs of all samples on a device, in batches to calibrate on."""
     return [moved(x, device, dtype) for x, _ in batches(samples, default_batch(loaded))]
+
+
+def unpadded_set(loaded: Checkpoint, source: str | None, count: int, seed: int, data_dir: Path | None) -> Samples:
+    """As `calibration_set`, but encoders get stretches of text as long as they take instead of padded paragraphs.
+
+    Matrices then have one size, and their errors can be compared. The stretches are of running text, without headings, one
+    from a random place in each of `count` equal parts.
+
+    Raises:
+        SbpatchError: as `calibration_set`, and a text too short for that many.
+    """
+    preprocessing = loaded.preprocessing
+    if not isinstance(preprocessing, TextPreprocessing) or loaded.answer == "next-token":
+        return calibration_set(loaded, source, count, seed, data_dir)
+    text = texts.open_text(source or "python-docs", data_dir=data_dir, split="train")
+    words = " ".join(text.paragraphs()).split()
+    starts = torch.rand(count, generator=torch.Generator().manual_seed(seed)).tolist()
+    parts = [words[int((i + u / 2) * len(words) / count) : (i + 1) * len(words) // count] for i, u in enumerate(starts)]
+    stretches = texts.Text(text.name, "\n\n".join(" ".join(part) for part in parts))
+    found = tokens.sample_passages(stretches, preprocessing, count, seed)
+    if not all(found[i][0]["attention_mask"].all() for i in range(count)):
+        raise SbpatchError(
+            f"{text.name} has {len(words)} words, too few for {count} samples of {preprocessing.tokens} tokens: "
+            "ask for fewer or shorter ones"
+        )
+    return found

@@ -1,0 +1,58 @@
+"""`sbpatch analyze`: what sparse, low-rank and robust PCA leave of each head's attention."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+
+from ..study import analyze
+from .flags import (  # fmt: skip
+    CheckpointFile,
+    DataDir,
+    Device,
+    DeviceFlag,
+    JsonFile,
+    Length,
+    Model,
+    Quiet,
+    Seed,
+    Source,
+    input_batches,
+    open_model,
+    out,
+    progress_bars,
+    unpadded_set,
+    write_json,
+)
+
+
+def analyze_command(
+    model: Model,
+    output: Annotated[Path, typer.Option("-o", "--output", help="directory for the plots and analysis.json")],
+    samples: Annotated[int, typer.Option("--samples", min=1)] = 8,
+    length: Length = None,
+    source: Source = None,
+    data_dir: DataDir = None,
+    checkpoint: CheckpointFile = None,
+    device: DeviceFlag = Device.auto,
+    seed: Seed = 0,
+    json_file: JsonFile = None,
+    quiet: Quiet = False,
+) -> None:
+    """What sparse, low-rank and robust PCA leave of every head's attention, against its entropy; plots and correlations."""
+    analyze.check_output(output)
+    loaded = open_model(model, checkpoint, length=length)
+    data = unpadded_set(loaded, source, samples, seed, data_dir)
+    where = device.resolve()
+    loaded.model.to(where)
+    inputs = input_batches(loaded, data, where, torch.float32)
+    result = analyze.analyze(loaded, inputs, seed=seed, progress=progress_bars(quiet))
+    analyze.write(result, output)
+    if not quiet:
+        out.print(analyze.table(result))
+        out.print(f"written to {output}: {', '.join(sorted(p.name for p in output.iterdir()))}")
+    write_json(json_file, json.dumps(result, indent=2) + "\n")

@@ -1,0 +1,144 @@
+"""`sbpatch calibrate`: a model, a sample and a budget -> a patched directory."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from ..calibration.costs import CostTable, default_path
+from ..calibration.journal import Journal
+from ..calibration.stages import calibrate
+from ..plan import artifact, report
+from ..plan.plan import versions
+from ..plan.recipe import Allocation, Objective, read_recipe
+from .flags import (  # fmt: skip
+    CheckpointFile,
+    DataDir,
+    Device,
+    DeviceFlag,
+    Dtype,
+    DtypeFlag,
+    InputSize,
+    JsonFile,
+    Length,
+    Model,
+    Quiet,
+    Seed,
+    Source,
+    calibration_set,
+    input_batches,
+    open_model,
+    out,
+    progress_bars,
+    size_of,
+    write_json,
+)
+
+
+def calibrate_command(
+    model: Model,
+    output: Annotated[Path, typer.Option("-o", "--output", help="directory to write")] = Path("sbpatch-out"),
+    checkpoint: CheckpointFile = None,
+    source: Source = None,
+    data_dir: DataDir = None,
+    samples: Annotated[int, typer.Option("--samples", min=1)] = 32,
+    budget: Annotated[
+        float | None,
+        typer.Option("--budget", help="entries stored / entries of exact attention, over all sites it decides on"),
+    ] = None,
+    max_drop: Annotated[
+        float | None,
+        typer.Option("--max-drop", help="in place of a budget: points of top-1, or percent of perplexity, it may cost"),
+    ] = None,
+    objective: Annotated[Objective | None, typer.Option("--objective", help="what the budget is a share of")] = None,
+    allocation: Annotated[
+        Allocation | None, typer.Option("--allocation", help="joint, or a simpler rule to compare with it")
+    ] = None,
+    method: Annotated[str | None, typer.Option("--method", help="auto, or a method such as window2d+clusters")] = None,
+    recipe: Annotated[Path | None, typer.Option("--recipe", help="YAML file with settings; flags go before it")] = None,
+    include: Annotated[list[str] | None, typer.Option("--include", help="only sites that match, repeatable")] = None,
+    exclude: Annotated[
+        list[str] | None, typer.Option("--exclude", help="leave matching sites exact, repeatable")
+    ] = None,
+    keep_slow: Annotated[
+        bool,
+        typer.Option(
+            "--keep-slow", help="also patch where exact attention is faster, to save what eager attention stores"
+        ),
+    ] = False,
+    cost_table: Annotated[
+        Path | None,
+        typer.Option(
+            "--cost-table", help="times of this device, measured where they lack; default: in the user's cache"
+        ),
+    ] = None,
+    refine: Annotated[
+        bool, typer.Option("--refine", help="learn more of the patch by matching each site's output, some minutes")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="show the plan, write nothing")] = False,
+    input_size: InputSize = None,
+    length: Length = None,
+    device: DeviceFlag = Device.auto,
+    dtype: DtypeFlag = Dtype.float32,
+    seed: Seed = 0,
+    json_file: JsonFile = None,
+    quiet: Quiet = False,
+) -> None:
+    """Measure the attention of MODEL on a sample, plan its patch under a budget, and write the patched directory."""
+    if budget is not None and max_drop is not None:
+        raise typer.BadParameter("give a budget or a largest drop, not both", param_hint="--budget / --max-drop")
+    settings = read_recipe(recipe)
+    if not dry_run:
+        artifact.check_output(output)
+    loaded = open_model(model, checkpoint, input_size, length)
+    data = calibration_set(loaded, source or settings.data, samples, seed, data_dir)
+    where, kind = device.resolve(), getattr(torch, dtype.value)
+    options: dict[str, Any] = {
+        "budget": settings.budget if budget is None else budget,
+        "max_drop": settings.max_drop if max_drop is None and budget is None else max_drop,
+        "method": method or settings.method,
+        "objective": objective or settings.objective,
+        "allocation": allocation or settings.allocation,
+        "seed": seed,
+        "include": include or settings.include,
+        "exclude": exclude or settings.exclude,
+        "min_tokens": settings.min_tokens,
+        "keep_slow": keep_slow,
+    }
+    costs = CostTable(cost_table or default_path(), torch.device(where), kind)
+    measured_on = (loaded.sha256, size_of(loaded), data.fingerprint(), where, dtype.value, versions())
+    journal = Journal(
+        None if dry_run else output.absolute().with_name(f".{output.absolute().name}.calibrating"),
+        json.dumps([options, settings.model_dump(mode="json")["sites"], *measured_on]),
+    )
+    with journal.removed_on_refusal():
+        plan = calibrate(
+            loaded.model.to(where, kind),
+            input_batches(loaded, data, where, kind),
+            answer=loaded.answer,
+            **options,
+            fixed=settings.sites,
+            costs=costs,
+            refine=refine,
+            name=loaded.name,
+            journal=journal,
+            progress=progress_bars(quiet),
+        )
+    plan.base_sha256, plan.input_size = loaded.sha256, size_of(loaded)
+    plan.data = {"source": data.name, "samples": len(data), "fingerprint": data.fingerprint()}
+    plan.device, plan.dtype = where, dtype.value
+    if not quiet:
+        out.print(report.plan_table(plan))
+    if not dry_run:
+        loaded.model.to("cpu", torch.float32)
+        artifact.save(output, loaded, plan)
+        journal.close()
+        if not quiet:
+            out.print(
+                f"written to {output}: plan, weights, model card and report.png; next: sbpatch eval {output} --dataset NAME"
+            )
+    write_json(json_file, plan.to_json())

@@ -1,0 +1,133 @@
+"""`sbpatch compare`: methods side by side under one budget."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, get_args
+
+import torch
+import typer
+
+from ..attention import parse_method
+from ..data.batch import moved
+from ..data.samples import batches
+from ..errors import SbpatchError
+from ..evaluation import evaluate
+from ..plan import artifact
+from ..plan.plan import versions
+from ..plan.recipe import Allocation
+from ..study import compare
+from .flags import (  # fmt: skip
+    CheckpointFile,
+    DataDir,
+    Dataset,
+    Device,
+    DeviceFlag,
+    Dtype,
+    DtypeFlag,
+    JsonFile,
+    Length,
+    Model,
+    Quiet,
+    Seed,
+    Source,
+    calibration_set,
+    default_batch,
+    evaluation_set,
+    input_batches,
+    json_place,
+    open_model,
+    out,
+    progress_bars,
+    write_json,
+)
+
+ALLOCATIONS: tuple[Allocation, ...] = get_args(Allocation)
+
+
+def compare_command(
+    model: Model,
+    dataset: Dataset,
+    methods: Annotated[str, typer.Option("--methods", help=f"comma-separated; {compare.method_names()}")] = ",".join(
+        compare.METHODS
+    ),
+    budgets: Annotated[str, typer.Option("--budgets", help="comma-separated shares")] = "0.03",
+    allocations: Annotated[
+        str | None,
+        typer.Option(
+            "--allocations",
+            help=f"comma-separated, a row each: {', '.join(ALLOCATIONS)}, also with {compare.REFINED}; see calibrate",
+        ),
+    ] = None,
+    samples: Annotated[int, typer.Option("--samples", min=1, help="to calibrate and measure errors on")] = 8,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="evaluate on that many samples")] = None,
+    length: Length = None,
+    batch_size: Annotated[
+        int | None, typer.Option("--batch-size", min=1, help="default: 8, for causal models 1")
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option("--plot", help="write error and agreement against budget as a PNG")
+    ] = None,
+    source: Source = None,
+    data_dir: DataDir = None,
+    checkpoint: CheckpointFile = None,
+    device: DeviceFlag = Device.auto,
+    dtype: DtypeFlag = Dtype.float32,
+    seed: Seed = 0,
+    json_file: JsonFile = None,
+    quiet: Quiet = False,
+) -> None:
+    """Methods side by side under one budget definition: accuracy, agreement, errors, time."""
+    json_place(plot)
+    shares = [_share(text) for text in budgets.split(",")]
+    names = [name.strip() for name in methods.split(",")]
+    for name in names:
+        if name != "auto":
+            parse_method(name)
+    rules = [_allocation(text.strip()) for text in allocations.split(",")] if allocations is not None else []
+    loaded = open_model(model, checkpoint, length=length)
+    data = evaluation_set(loaded, dataset, data_dir=data_dir, limit=limit)
+    batch_size = batch_size or default_batch(loaded)
+    sample = calibration_set(loaded, source, samples, seed, data_dir)
+    where, kind = device.resolve(), getattr(torch, dtype.value)
+    rows = compare.compare(
+        loaded.model.to(where, kind),
+        input_batches(loaded, sample, where, kind),
+        [(moved(x, where, kind), y) for x, y in batches(data, batch_size)],
+        methods=names,
+        budgets=shares,
+        answer=loaded.answer,
+        allocations=rules,
+        seed=seed,
+        progress=progress_bars(quiet),
+    )
+    title = f"{loaded.name} on {data.name}, {len(data)} samples, {evaluate.device_name(where)}, {dtype.value}"
+    if not quiet:
+        out.print(compare.table(rows, title))
+    if plot is not None:
+        with artifact.written_whole(plot) as fresh:
+            compare.plot(rows, fresh, title)
+    settings = {
+        "model": loaded.name,
+        "dataset": data.name,
+        "samples": len(data),
+        "batch_size": batch_size,
+        "seed": seed,
+    }
+    device_used = {"device": evaluate.device_name(where), "dtype": dtype.value, "versions": versions()}
+    write_json(json_file, json.dumps(settings | device_used | {"rows": rows}, indent=2) + "\n")
+
+
+def _share(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise SbpatchError(f"budget '{text}' is not a number such as 0.03") from None
+
+
+def _allocation(text: str) -> str:
+    if text.removesuffix(compare.REFINED) not in ALLOCATIONS:
+        known = f"{', '.join(ALLOCATIONS)}, each also with {compare.REFINED}"
+        raise SbpatchError(f"unknown allocation '{text}': known are {known}")
+    return text
