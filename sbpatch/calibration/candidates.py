@@ -24,8 +24,10 @@ FINE, COARSE = 2 ** (1 / 3), 2**0.5  # steps between the budgets tried at a head
 FEW_HEADS = 16  # of all sites together, up to which the steps are fine
 LOWEST, HIGHEST = 1 / 8, 16.0  # budgets tried, in multiples of the one asked for; from 1 / 4 on where steps are fine
 LARGEST = 0.75  # share of a row above which only exact attention is tried
-CLOSER = tuple(2 ** (step / 6) for step in (-2, -1, 0, 1, 2))  # times what a choice stores: a second look, round it
-OTHERWISE = (-0.15, 0.0, 0.15)  # added to the low-rank share of such a choice
+SIZES_AROUND = tuple(
+    2 ** (step / 6) for step in (-2, -1, 0, 1, 2)
+)  # times what a chosen layer stores: sizes that are tried next to it
+SHARES_AROUND = (-0.15, 0.0, 0.15)  # added to its low-rank share: splits that are tried next to it
 GAINS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, -0.5)  # of the low-rank part beside a sparse one, in nats
 Moments = tuple[Tensor, Tensor] | None  # of a site's queries and keys, see `fidelity.second_moments`
 
@@ -206,15 +208,15 @@ def candidates_for(
 def closer(
     chosen: Candidate, site: SitePlan, seed: int, moments: Moments, device: torch.device, costs: CostTable | None
 ) -> list[Candidate]:
-    """The method of a choice with a little less and a little more, and split otherwise: what lies between the first ones."""
+    """A chosen layer's method at sizes and splits around it, between those of the first grid."""
     if not isinstance(chosen.layer, Scatterbrain):
         return []
     method, stored = chosen.layer.method, chosen.layer.stored
     share = 1 - chosen.layer.nnz / stored
-    shares = [share + more for more in OTHERWISE if 0 < share + more < 1] if chosen.joined else [share]
+    shares = [share + more for more in SHARES_AROUND if 0 < share + more < 1] if chosen.joined else [share]
     layers = [
         layer
-        for factor in CLOSER
+        for factor in SIZES_AROUND
         for part in shares
         for layer in _layers(method, stored * factor, part, site, seed, moments)
         if layer.stored < site.geometry.row_keys and (costs is None or costs.pays(layer))

@@ -15,7 +15,7 @@ from ..plan.recipe import Objective
 from .allocate import allocate
 from .candidates import Candidate, closer, site_seed
 from .costs import CostTable
-from .weigh import worth_their_time
+from .weigh import without_weak_pairs
 
 
 class Choice:
@@ -39,7 +39,7 @@ class Choice:
             for first in range(0, self.sites[name][1].heads, self.sites[name][1].geometry.group)
         ]
         self.options = [
-            worth_their_time(candidates[name], heads) if simple else candidates[name] for name, heads in self.units
+            without_weak_pairs(candidates[name], heads) if simple else candidates[name] for name, heads in self.units
         ]
 
     def _whole(self, name: str) -> float:

@@ -27,7 +27,7 @@ from .sensitivity import answer_gradients, damage
 LEARNED = (0.06, 0.03)  # steps of ln(sharpness) that every calibration takes; the gain's are GAIN times as long
 REFINED = (0.06, 0.06, 0.03, 0.03, 0.015, 0.015, 0.0075, 0.0075)
 GAIN = 6.0
-HELD = 2  # gradients a sample, see sensitivity
+GRADIENTS_KEPT = 2  # gradients a sample, see sensitivity
 Knobs = dict[str, Tensor]  # "sharpness" (as its logarithm) and "gain" of the heads of a site, (H,) each
 
 
@@ -41,7 +41,7 @@ def learn(
 ) -> Plan:
     """The plan with the learned tensors that are better on samples they were not learned on.
 
-    Gradients of all samples are held for the time of it: `HELD` numbers for each number that the patched sites put out.
+    Gradients of all samples are held meanwhile: `GRADIENTS_KEPT` numbers for each number that the patched sites put out.
     """
     layers = {name: layer.to(batch.device(batches[0])) for name, layer in plan.layers().items()}
     layers = {name: layer for name, layer in layers.items() if _knobs(layer)}
@@ -50,7 +50,7 @@ def learn(
         return plan
     seeds = range(plan.seed * 1000 + 500, plan.seed * 1000 + 500 + len(singles))
     gradients = [
-        answer_gradients(model, list(layers), one, answer, s, at_most=HELD)
+        answer_gradients(model, list(layers), one, answer, s, at_most=GRADIENTS_KEPT)
         for one, s in zip(singles, seeds, strict=True)
     ]
     causal = {site.name: site.causal for site in plan.patched}

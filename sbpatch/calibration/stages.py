@@ -204,7 +204,7 @@ def _answer(model: nn.Module, inputs: Inputs, plan: Plan) -> Answer:
 
 
 def _weigh(candidates: Mapping[str, list[Candidate]], answer: Answer) -> None:
-    """Damage by what errors do together, where all tokens of a sample reach one answer; a text's positions have their own."""
+    """Damage with the correlation of token errors, where all tokens reach one answer; a text's positions have their own."""
     if DIRECTIONS[answer] > 1:
         for layers in candidates.values():
             coherence(layers)

@@ -1,4 +1,4 @@
-"""What measured candidates are worth beside each other: which ones are looked at further, and which are worth their time."""
+"""Measured candidates compared with each other: which ones are measured further, and which never pay."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ def promising(tried: list[Candidate], objective: Objective = "memory") -> list[C
     return kept
 
 
-def worth_their_time(tried: Sequence[Candidate], heads: range) -> list[Candidate]:
-    """Methods of one part, and the joined ones that are clearly better: two parts take more time than one of equal size."""
+def without_weak_pairs(tried: Sequence[Candidate], heads: range) -> list[Candidate]:
+    """Without joined methods that are not clearly better than one part of their size: two parts take more time."""
     alone = [c for c in tried if not c.joined]
 
     def damage(candidate: Candidate) -> float:

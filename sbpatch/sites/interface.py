@@ -1,4 +1,4 @@
-"""The other door into transformers: attn_implementation="scatterbrain".
+"""The attention implementation of transformers that a patched model may use: attn_implementation="scatterbrain".
 
 model = AutoModel.from_pretrained(name, attn_implementation="scatterbrain")
 sbpatch.patch(model, plan)
