@@ -21,7 +21,7 @@ from ..plan.plan import Plan
 from ..progress import Progress
 from ..sites.calls import Call
 from ..sites.fidelity import matrix_error, output_error
-from ..sites.swap import swapped
+from ..sites.observe import Watcher, observed
 
 ROWS = 256  # of logits over a vocabulary that are compared at once
 MATRIX_SAMPLES = 4  # for the matrix error, which costs as much as exact attention in eager mode
@@ -173,23 +173,19 @@ def check_plan(plan: Plan, check: Check) -> None:
     matrix: dict[str, list[Tensor]] = {name: [] for name in layers}
     wanted = 1 if check.answer in ("next-token", "tokens") else MATRIX_SAMPLES
 
-    def observer(name: str) -> Callable[[Call], Tensor]:
-        def observe(call: Call) -> Tensor:
-            exact = call.exact()
-            plain = call.plain(causal[name])
-            errors[name] += output_error(plain.through(layers[name]), exact, plain.key_mask).double().sum(0).cpu()
-            for b in range(min(len(exact), wanted - len(matrix[name]))):
-                q, k, v = (x[b : b + 1] for x in (plain.query, plain.key, plain.value))
-                mask = None if plain.key_mask is None else plain.key_mask[b : b + 1]
-                one = Call(q, k, v, is_causal=plain.is_causal, scale=plain.scale, key_mask=mask)
+    def watcher(name: str) -> Watcher:
+        def watch(call: Call, output: Tensor) -> None:
+            errors[name] += output_error(call.through(layers[name]), output, call.key_mask).double().sum(0).cpu()
+            for b in range(min(len(output), wanted - len(matrix[name]))):
+                q, k, v = (x[b : b + 1] for x in (call.query, call.key, call.value))
+                mask = None if call.key_mask is None else call.key_mask[b : b + 1]
+                one = Call(q, k, v, is_causal=call.is_causal, scale=call.scale, key_mask=mask)
                 matrix[name].append(matrix_error(layers[name], one))
-            return exact
 
-        return observe
+        return watch
 
-    with swapped(check.model, {name: observer(name) for name in layers}):
-        for one in check.progress(samples, "checking the plan"):
-            batch.run(check.model, one)
+    for one in check.progress(samples, "checking the plan"):
+        observed(check.model, one, {name: watcher(name) for name in layers}, causal)
     count = sum(batch.count(one) for one in samples)
     for site in plan.patched:
         site.output_error = float(errors[site.name].mean()) / count

@@ -7,7 +7,7 @@ the samples are for the search; a head whose damage is not lower on the other ha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from ..models.checkpoint import Answer
 from ..plan.plan import Plan, patch_tensors
 from ..progress import Progress
 from ..sites.calls import Call
-from ..sites.swap import swapped
+from ..sites.observe import Watcher, observed
 from .sensitivity import answer_gradients, damage
 
 LEARNED = (0.06, 0.03)  # steps of ln(sharpness) that every calibration takes; the gain's are GAIN times as long
@@ -62,19 +62,16 @@ def learn(
             name: torch.zeros(len(sets), layers[name].site.heads, dtype=torch.float64) for name, sets in tried.items()
         }
 
-        def observer(name: str, gradient: Tensor) -> Callable[[Call], Tensor]:
-            def observe(call: Call) -> Tensor:
-                exact, plain = call.exact(), call.plain(causal[name])
+        def watcher(name: str, gradient: Tensor) -> Watcher:
+            def watch(call: Call, output: Tensor) -> None:
                 for i, knobs in enumerate(tried[name]):
                     _turn(layers[name], knobs)
-                    found[name][i] += damage(plain.through(layers[name]), exact, gradient).sum(0).double().cpu()
-                return exact
+                    found[name][i] += damage(call.through(layers[name]), output, gradient).sum(0).double().cpu()
 
-            return observe
+            return watch
 
         for i in which:
-            with swapped(model, {name: observer(name, gradients[i][name]) for name in tried}):
-                batch.run(model, singles[i])
+            observed(model, singles[i], {name: watcher(name, gradients[i][name]) for name in tried}, causal)
         return {name: _shared(sums, layers[name].site.group) for name, sums in found.items()}
 
     start = {name: _knobs(layer) for name, layer in layers.items()}

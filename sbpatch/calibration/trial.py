@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from ..plan.plan import Plan, SitePlan
 from ..progress import Progress
 from ..sites.calls import Call
 from ..sites.fidelity import head_profile, second_moments
-from ..sites.swap import swapped
+from ..sites.observe import Watcher, observed
 from .candidates import Candidate
 from .journal import Journal
 from .sensitivity import answer_gradients
@@ -37,9 +37,8 @@ class Trial:
         supported = [site for site in self.plan.sites if site.decision != "unsupported"]
         totals: dict[str, dict[str, Tensor]] = {site.name: {} for site in supported}
 
-        def observer(site: SitePlan) -> Callable[[Call], Tensor]:
-            def observe(call: Call) -> Tensor:
-                call = call.plain(site.causal)
+        def watcher(site: SitePlan) -> Watcher:
+            def watch(call: Call, output: Tensor) -> None:
                 for figure, values in head_profile(call).items():
                     total = values.double().sum(0).cpu()
                     totals[site.name][figure] = totals[site.name].get(figure, 0) + total
@@ -47,14 +46,16 @@ class Trial:
                     seen = tuple(x.sum(0).cpu() / count for x in second_moments(call))
                     before = moments.get(site.name, (0, 0))
                     moments[site.name] = (before[0] + seen[0], before[1] + seen[1])
-                return call.exact()
 
-            return observe
+            return watch
 
         count = sum(batch.count(one) for one in batches)
-        with swapped(self.model, {site.name: observer(site) for site in supported}):
-            for one in self.progress(batches, "entropy"):
-                batch.run(self.model, one)
+        watchers, causal = (
+            {site.name: watcher(site) for site in supported},
+            {site.name: site.causal for site in supported},
+        )
+        for one in self.progress(batches, "entropy"):
+            observed(self.model, one, watchers, causal)
         for site in supported:
             for figure, total in totals[site.name].items():
                 setattr(site, figure, (total / count).tolist())
@@ -73,16 +74,12 @@ class Trial:
             seed = self.plan.seed * 1000 + number
             gradients = answer_gradients(self.model, names, one, self.answer, seed)
 
-            def observer(name: str, gradients: Mapping[str, Tensor] = gradients) -> Callable[[Call], Tensor]:
-                def observe(call: Call) -> Tensor:
-                    exact = call.exact()
-                    plain = call.plain(causal[name])
+            def watcher(name: str, gradients: Mapping[str, Tensor] = gradients) -> Watcher:
+                def watch(call: Call, output: Tensor) -> None:
                     for candidate in candidates[name]:
-                        candidate.observe(plain, exact, gradients[name])
-                    return exact
+                        candidate.observe(call, output, gradients[name])
 
-                return observe
+                return watch
 
-            with swapped(self.model, {name: observer(name) for name in names}):
-                batch.run(self.model, one)
+            observed(self.model, one, {name: watcher(name) for name in names}, causal)
             self.journal.record(key, candidates)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import fmean, median
@@ -34,7 +34,7 @@ from ..plan.plan import versions
 from ..progress import Progress, no_progress
 from ..sites.calls import Call
 from ..sites.find import Site, find_sites
-from ..sites.swap import swapped
+from ..sites.observe import Watcher, observed
 from . import analyze_plots
 from .analyze_plots import table as table  # the figures for the terminal
 from .entries import ENTRY_SAMPLES, Case, feature_estimates, process_case, single_entries, sized_layer
@@ -102,24 +102,22 @@ def _collect(
     """q, k, v of every site at its evenly spaced real tokens, one call a sample, in float32, all with as many heads."""
     calls: dict[str, list[Call]] = {site.name: [] for site in sites}
 
-    def observer(site: Site) -> Callable[[Call], Tensor]:
-        def observe(call: Call) -> Tensor:
-            plain = call.plain(site.geometry.causal)
-            mask = plain.key_mask[0] if plain.key_mask is not None else call.key.new_ones(call.key.shape[-2])
+    def watcher(name: str) -> Watcher:
+        def watch(call: Call, output: Tensor) -> None:
+            mask = call.key_mask[0] if call.key_mask is not None else call.key.new_ones(call.key.shape[-2])
             real = mask.nonzero()[:, 0]
             index = real[torch.arange(min(len(real), TOKENS), device=real.device) * len(real) // min(len(real), TOKENS)]
             three = (x.index_select(2, index).float() for x in (call.query, call.key, call.value))
             every = (x.repeat_interleave(call.query.shape[1] // x.shape[1], 1).split(1) for x in three)
             for q, k, v in zip(*every, strict=True):
-                calls[site.name].append(Call(q, k, v, is_causal=plain.is_causal, scale=call.softmax_scale))
-            return call.exact()
+                calls[name].append(Call(q, k, v, is_causal=call.is_causal, scale=call.softmax_scale))
 
-        return observe
+        return watch
 
     one = [batch.samples(x, i, i + 1) for x in batches for i in range(batch.count(x))][:samples]
-    with swapped(loaded.model, {site.name: observer(site) for site in sites}):
-        for inputs in progress(one, "attention"):
-            batch.run(loaded.model, inputs)
+    watchers, causal = {name: watcher(name) for name in calls}, {site.name: site.geometry.causal for site in sites}
+    for inputs in progress(one, "attention"):
+        observed(loaded.model, inputs, watchers, causal)
     return calls
 
 

@@ -10,9 +10,8 @@ from fnmatch import fnmatch
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ..data import batch
 from ..data.batch import Inputs
 from ..data.preprocessing import TextPreprocessing
 from ..errors import SbpatchError
@@ -22,7 +21,7 @@ from ..progress import Progress, no_progress
 from ..sites.calls import Call
 from ..sites.fidelity import second_moments
 from ..sites.find import Site, find_sites
-from ..sites.swap import swapped
+from ..sites.observe import Watcher, observed
 from .bench import SHAPE, Moments, Row, call_rows, check_settings, with_speedups
 
 
@@ -115,20 +114,12 @@ def _matching(sites: Sequence[Site], pattern: str) -> list[Site]:
 def _run(model: nn.Module, sites: Sequence[Site], inputs: Inputs, take: Callable[[Site, Call], None]) -> None:
     """Run the exact model; `take` gets the call of each site, in plain form."""
 
-    def observer(site: Site) -> Callable[[Call], Tensor]:
-        def observe(call: Call) -> Tensor:
-            try:
-                plain = call.plain(site.geometry.causal)
-            except SbpatchError as error:
-                raise SbpatchError(f"site '{site.name}': {error}; leave it out by --site") from error
-            take(site, plain)
-            return call.exact()
-
-        return observe
+    def watcher(site: Site) -> Watcher:
+        return lambda call, output: take(site, call)
 
     if sites:
-        with swapped(model, {site.name: observer(site) for site in sites}):
-            batch.run(model, inputs)
+        causal = {site.name: site.geometry.causal for site in sites}
+        observed(model, inputs, {site.name: watcher(site) for site in sites}, causal)
 
 
 def joined(by_site: Sequence[Sequence[Row]]) -> list[Row]:

@@ -1,0 +1,40 @@
+"""One run of the exact model, in which something is looked at or measured at its sites."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from torch import Tensor, nn
+
+from ..data import batch
+from ..data.batch import Inputs
+from ..errors import SbpatchError
+from .calls import Call
+from .swap import swapped
+
+Watcher = Callable[[Call, Tensor], None]  # takes a call in plain form and its output (B, H, n, e)
+
+
+def observed(model: nn.Module, inputs: Inputs, watchers: Mapping[str, Watcher], causal: Mapping[str, bool]) -> Tensor:
+    """Run the exact model on a batch, and hand the call of each site and its output to the site's watcher, as it is made.
+
+    No more than one site's queries, keys and values are held. `causal` says what each site's calls are. Returns the answer.
+
+    Raises:
+        SbpatchError: a call is not plain attention, or not causal where its site is or the reverse.
+    """
+
+    def watch(name: str) -> Callable[[Call], Tensor]:
+        def attend(call: Call) -> Tensor:
+            output = call.exact()
+            try:
+                plain = call.plain(causal[name])
+            except SbpatchError as error:
+                raise SbpatchError(f"site '{name}': {error}; leave it out (--exclude, for bench --site)") from error
+            watchers[name](plain, output)
+            return output
+
+        return attend
+
+    with swapped(model, {name: watch(name) for name in watchers}):
+        return batch.run(model, inputs)
