@@ -95,6 +95,14 @@ def test_matrix_error_is_that_of_the_dense_matrices(method, scale):
     torch.testing.assert_close(matrix_error(layer, call, columns=32).double(), expected, atol=1e-4, rtol=1e-3)
 
 
+def test_of_long_calls_the_matrix_error_is_estimated_by_some_columns(monkeypatch):
+    layer = Scatterbrain("local+clusters", Geometry(1500, 2, 8), 0, side=16, tile=16, rank=20)
+    call = Call(*(torch.randn(1, 2, 1500, 8) for _ in range(3)))
+    estimate = matrix_error(layer, call)
+    monkeypatch.setattr("sbpatch.sites.fidelity.COLUMNS", 1500)
+    torch.testing.assert_close(estimate, matrix_error(layer, call), atol=0, rtol=0.05)
+
+
 @given(sizes=st.lists(st.integers(1, 5), max_size=5), first=st.integers(1, 4), count=st.integers(1, 12))
 def test_screening_takes_every_sample_once(sizes, first, count):
     numbers = torch.arange(sum(sizes)).split(sizes)
