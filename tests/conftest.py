@@ -1,4 +1,4 @@
-"""What every test starts from: a fixed global seed, two threads, an own cost table, hypothesis examples that never change.
+"""What every test starts from: a fixed global seed, an own cost table, hypothesis examples that never change.
 
 Where there is no GPU, Triton's kernels run in its interpreter, which has to be said before triton is first imported.
 """
@@ -17,7 +17,8 @@ settings.register_profile(
     "sbpatch", deadline=None, derandomize=True, print_blob=False, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile("sbpatch")
-torch.set_num_threads(2)
+WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+torch.set_num_threads(2 if WORKERS == 1 else 1)  # side by side, a second thread of each costs more than it gives
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 

@@ -79,7 +79,7 @@ def test_exception_leaves_the_old_one_and_nothing_else(old, tmp_path, error):
 KILLED = """
 import sys, time
 from pathlib import Path
-from sbpatch.artifact import written_whole
+from sbpatch.plan.artifact import written_whole
 with written_whole(Path(sys.argv[1])) as fresh:
     fresh.mkdir()
     (fresh / "sbpatch.json").write_text("half")

@@ -38,7 +38,7 @@ def jpeg(level: int) -> bytes:
 def place(tmp_path, monkeypatch) -> Path:
     """An empty folder to work in, with a tiny model, images of three classes, and no network."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sbpatch.models.weights._answers", lambda url: False)
+    monkeypatch.setattr("sbpatch.data.hub._answers", lambda url: False)
     monkeypatch.delenv("IMAGENET_DIR", raising=False)
     torch.save({"state_dict_ema": t2t().state_dict()}, "tiny.pth")
     for i in range(9):

@@ -22,7 +22,6 @@ from timm.data.imagenet_info import ImageNetInfo
 from sbpatch.data.preprocessing import Preprocessing
 from sbpatch.data.sources import batches, digits_split, open_images, sample_images
 from sbpatch.errors import SbpatchError
-from sbpatch.models import weights
 
 SHARED = Path(os.environ.get("SBPATCH_SHARED", Path(__file__).parents[2] / "shared")) / "data"
 needs_shared = pytest.mark.skipif(not SHARED.exists(), reason=f"no {SHARED}: set SBPATCH_SHARED")
@@ -32,7 +31,7 @@ WNIDS = ImageNetInfo().label_names()
 
 @pytest.fixture(autouse=True)
 def offline(monkeypatch, tmp_path):
-    monkeypatch.setattr(weights, "_answers", lambda url: False)
+    monkeypatch.setattr("sbpatch.data.hub._answers", lambda url: False)
     monkeypatch.setattr(hub, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.delenv("IMAGENET_DIR", raising=False)
 

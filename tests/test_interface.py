@@ -306,8 +306,8 @@ def test_a_saved_model_loads_plainly(tmp_path):
 def test_registered_whichever_is_imported_first(order):
     script = (
         f"{order}; from transformers import AttentionInterface; "
-        "from transformers.masking_utils import AttentionMaskInterface, sdpa_mask; import sbpatch.interface; "
-        "assert AttentionInterface()['scatterbrain'] is sbpatch.interface.attention; "
+        "from transformers.masking_utils import AttentionMaskInterface, sdpa_mask; import sbpatch.sites.interface; "
+        "assert AttentionInterface()['scatterbrain'] is sbpatch.sites.interface.attention; "
         "assert AttentionMaskInterface()['scatterbrain'] is sdpa_mask"
     )
     subprocess.run([sys.executable, "-c", script], check=True, cwd=Path(__file__).parents[1])

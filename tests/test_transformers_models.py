@@ -27,7 +27,7 @@ from transformers_coverage import FAMILIES, TEXT, VIT, Family
 
 from sbpatch.data.batch import run
 from sbpatch.data.preprocessing import AudioPreprocessing, Preprocessing, TextPreprocessing
-from sbpatch.models import transformers_models, weights
+from sbpatch.models import transformers_models
 from sbpatch.models.checkpoint import Checkpoint
 from sbpatch.models.image_processors import _share, image_preprocessing
 from sbpatch.models.load import build, load_checkpoint
@@ -62,7 +62,7 @@ def offline(monkeypatch, tmp_path):
         raise AssertionError(f"a connection to {args[1:]} was tried")
 
     monkeypatch.setattr(socket.socket, "connect", connect)
-    monkeypatch.setattr(weights, "_answers", lambda url: False)
+    monkeypatch.setattr("sbpatch.data.hub._answers", lambda url: False)
     monkeypatch.setattr(hub, "HF_HUB_CACHE", str(tmp_path / "hub"))
 
 

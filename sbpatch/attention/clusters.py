@@ -50,6 +50,7 @@ class Clusters(LowRank):
         return kmeans.nearest(k, kmeans.lloyd(k, key_mask, self.rank, self.steps))[0]
 
     def select(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, scale: float, joined: bool) -> Points:
+        k, v = (x.float() if x.dtype == torch.float64 else x for x in (k, v))  # nothing is subtracted that needs more
         own = self._assigned(k.detach(), key_mask)
         keys, values, count = kmeans.members(k, v, own, self.rank, key_mask)
         mean, value = (x / count.clamp(min=1) for x in (keys, values))

@@ -63,7 +63,7 @@ def members(k: Tensor, v: Tensor, index: Tensor, m: int, key_mask: Tensor | None
 
         total, number = cluster_sums(k, v, index, key_mask, m)
         return total[..., : k.shape[-1]], total[..., k.shape[-1] :], number[..., None]
-    real = torch.ones(len(k), 1, k.shape[2], device=k.device) if key_mask is None else key_mask[:, None, :].float()
+    real = torch.ones(k.shape[0], 1, k.shape[2], device=k.device) if key_mask is None else key_mask[:, None, :].float()
     keep = None if key_mask is None else real
     return sums(k, index, m, keep), sums(v, index, m, keep), counts(index, m, real)
 
