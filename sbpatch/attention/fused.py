@@ -159,12 +159,17 @@ def _runs(tiles: Tiles, low: Points | Expansion | None, heads: int) -> Iterator[
 
 def lists(k: Tensor, v: Tensor, tiles: Tiles, key_mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """The keys of each tile, their values and a bias for each: (B, H_k, T, L, d or e) and (B, H_k, T, 1 or g, L)."""
+    return take(k, tiles.key), take(v, tiles.key), hiding(k, tiles, key_mask)
+
+
+def hiding(k: Tensor, tiles: Tiles, key_mask: Tensor | None) -> Tensor:
+    """A bias for the keys k (B, H_k, n, d) that each tile lists, (B, H_k, T, 1 or g, L): minus infinity where hidden, or 0."""
     keep = tiles.valid  # (..., T, 1 or g, L)
     if key_mask is not None:
         same = tiles.key if tiles.key.ndim > 2 else tiles.key.expand(k.shape[0], 1, -1, -1)
         keep = keep & take(key_mask[:, None, :, None].expand(-1, same.shape[1], -1, -1), same).mT
     bias = torch.zeros(keep.shape, device=k.device).masked_fill(~keep, -torch.inf)
-    return take(k, tiles.key), take(v, tiles.key), bias.expand(*k.shape[:2], -1, -1, -1)
+    return bias.expand(*k.shape[:2], -1, -1, -1)
 
 
 def _with_points(

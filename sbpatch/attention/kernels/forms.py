@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from .. import expansion
-from ..core import Expansion, Points, Tiles, places
-from ..fused import lists, remainder
+from ..core import Expansion, Points, Tiles, places, take
+from ..fused import hiding, remainder
 from .blocks import block_points
 from .rows import attend_blocks, attend_points, fits
 from .tiles import attend_tiles
@@ -55,9 +55,8 @@ def over_tiles(
 ) -> Tensor:
     key = value = bias = counts = None
     if low is not None:
-        _, listed, hidden = lists(k, v, tiles, key_mask)
         low = low._replace(key=low.key.to(q.dtype))
-        key, value, bias = remainder(low, tiles, hidden[..., 0, :], listed)
+        key, value, bias = remainder(low, tiles, hiding(k, tiles, key_mask)[..., 0, :], take(v, tiles.key))
         bias = bias if gain is None else bias + gain[:, None, None]
         value, counts = value.to(q.dtype), torch.full((key.shape[2],), key.shape[3], device=q.device)
     return attend_tiles(
