@@ -51,7 +51,6 @@ class PerHead(nn.Module):
     """
 
     method = "per-head"
-    order: Tensor
 
     def __init__(self, site: Geometry, heads: Sequence[Sequence[int]], layers: Sequence[Layer]) -> None:
         super().__init__()
@@ -70,7 +69,7 @@ class PerHead(nn.Module):
         for i, (group, mine) in enumerate(zip(self.heads, shared, strict=True)):
             self.register_buffer(f"heads_{i}", torch.tensor(group), persistent=False)
             self.register_buffer(f"keys_{i}", torch.tensor(mine), persistent=False)
-        self.register_buffer("order", torch.tensor(flat).argsort(), persistent=False)
+        self.runs = [(_run(group), _run(mine)) for group, mine in zip(self.heads, shared, strict=True)]
         self.nnz = self._mean("nnz")
         self.stored = self._mean("stored")
 
@@ -83,13 +82,20 @@ class PerHead(nn.Module):
     ) -> Tensor:
         """As `Scatterbrain`: q (B, H, n, d), k and v of H or fewer heads, key_mask (B, n) bool -> (B, H, n, e)."""
         k, v = (with_heads(x, self.site.heads // self.site.group) for x in (k, v))
-        found = [
-            layer(
-                q[:, self.get_buffer(f"heads_{i}")],
-                *(x[:, self.get_buffer(f"keys_{i}")] for x in (k, v)),
-                key_mask=key_mask,
-                scale=scale,
-            )
-            for i, layer in enumerate(self.layers)
-        ]
-        return torch.cat(found, 1)[:, self.order]
+        (batch, heads, n, _), width = q.shape, v.shape[-1]
+        out = v.new_empty(batch, n, heads, width).transpose(1, 2)  # as SDPA lays it out
+        for i, layer in enumerate(self.layers):
+            mine, keys = self._index(i)
+            out[:, mine] = layer(q[:, mine], k[:, keys], v[:, keys], key_mask=key_mask, scale=scale)
+        return out
+
+    def _index(self, i: int) -> tuple[slice | Tensor, slice | Tensor]:
+        """Query heads and key heads of layer i: slices where they follow each other, which copies nothing."""
+        heads, keys = self.runs[i]
+        return heads or self.get_buffer(f"heads_{i}"), keys or self.get_buffer(f"keys_{i}")
+
+
+def _run(heads: Sequence[int]) -> slice | None:
+    """The slice of heads that follow each other; None where they do not."""
+    first, stop = heads[0], heads[-1] + 1
+    return slice(first, stop) if list(heads) == list(range(first, stop)) else None
