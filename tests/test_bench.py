@@ -17,6 +17,7 @@ from torch import Tensor
 from typer.testing import CliRunner, Result
 
 from sbpatch.attention import Geometry, Scatterbrain
+from sbpatch.calibration.costs import clumped
 from sbpatch.cli import commands as cli
 from sbpatch.errors import SbpatchError
 from sbpatch.sites.calls import Call
@@ -91,7 +92,7 @@ def test_default_methods_work_somewhere(causal: bool) -> None:
 
 
 def structured(tokens: int = 512) -> tuple[Call, Site]:
-    call = Call(*bench.inputs(tokens, 2, 16, 1, 0))
+    call = Call(*clumped(1, 2, 2, tokens, 16))
     return call, Site("random", "", Geometry(tokens, 2, 16))
 
 

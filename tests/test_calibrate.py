@@ -25,7 +25,7 @@ from sbpatch.plan.patch import patch
 from sbpatch.plan.plan import SitePlan
 from sbpatch.plan.recipe import SiteSetting
 from sbpatch.sites.calls import Call
-from sbpatch.sites.fidelity import matrix_error, output_error, row_entropy
+from sbpatch.sites.fidelity import head_profile, matrix_error, output_error
 from sbpatch.sites.find import find_sites
 from sbpatch.sites.swap import swapped
 
@@ -54,17 +54,17 @@ def calls_of(model: nn.Module, name: str, batches: list[Tensor]) -> Call:
 def test_entropy_of_uniform_and_of_one_key(n):
     zero, one_hot = torch.zeros(2, 3, n, n), 50 * torch.eye(n).expand(2, 3, n, n)
     values = torch.randn(2, 3, n, 4)
-    torch.testing.assert_close(row_entropy(Call(zero, one_hot, values)), torch.full((2, 3), math.log(n)))
-    torch.testing.assert_close(row_entropy(Call(one_hot, one_hot, values, scale=1.0)), torch.zeros(2, 3))
+    torch.testing.assert_close(head_profile(Call(zero, one_hot, values))["entropy"], torch.full((2, 3), math.log(n)))
+    torch.testing.assert_close(head_profile(Call(one_hot, one_hot, values, scale=1.0))["entropy"], torch.zeros(2, 3))
 
 
 def test_entropy_is_the_mean_over_rows():
     q, k = torch.randn(2, 2, 3, 50, 8)
     p = exact_matrix(q, k, 0.7)
     expected = -(p * p.log()).sum(-1).mean(-1)
-    torch.testing.assert_close(row_entropy(Call(q, k, k, scale=0.7), rows=50).double(), expected)
+    torch.testing.assert_close(head_profile(Call(q, k, k, scale=0.7), rows=50)["entropy"].double(), expected)
     some = -(p * p.log()).sum(-1)[..., ::10].mean(-1)  # 5 rows, evenly spaced
-    torch.testing.assert_close(row_entropy(Call(q, k, k, scale=0.7), rows=5).double(), some)
+    torch.testing.assert_close(head_profile(Call(q, k, k, scale=0.7), rows=5)["entropy"].double(), some)
 
 
 def test_output_error_by_hand():
@@ -206,7 +206,7 @@ def test_figures_of_a_plan_are_those_of_the_model():
             assert site.matrix_error == pytest.approx(float(expected), rel=1e-3)
         exact = model(images).argmax(1)
         agreement = 100 * float((patch(model, plan)(images).argmax(1) == exact).double().mean())
-    assert plan.agreement == pytest.approx(agreement)
+    assert plan.check["agreement"] == pytest.approx(agreement)
 
 
 def test_more_budget_is_less_error():
@@ -344,7 +344,7 @@ def test_fixed_settings_are_taken_as_they_are():
     fixed = {"*attention1*": SiteSetting(method="window+clusters", window=9, rank=11, steps=1)}
     plan = calibrate(t2t(), BATCHES, budget=0.2, min_tokens=64, fixed=fixed)
     first, second, _ = plan.sites
-    assert (first.method, first.window, first.rank, first.steps) == ("window+clusters", 9, 11, 1)
+    assert (first.method, first.rank, first.parameters) == ("window+clusters", 11, {"window": 9, "steps": 1})
     assert first.reason == "one setting, taken as it is"
     assert first.budget == pytest.approx((first.nnz + 12) / 256)
     assert second.reason != "one setting, taken as it is"

@@ -150,7 +150,7 @@ def test_fixed_settings_are_taken_slow_or_not():
     plan = calibrate(t2t(), BATCHES, budget=0.3, fixed=fixed, costs=only(0))
     assert [site.decision for site in plan.sites] == ["exact", "patch", "exact"]
     second = plan.sites[1]
-    assert (second.window, second.exact_ms, second.patched_ms) == (9, 0.64, 1.28)
+    assert (second.parameters["window"], second.exact_ms, second.patched_ms) == (9, 0.64, 1.28)
 
 
 def test_nothing_pays():

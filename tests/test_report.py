@@ -195,10 +195,12 @@ def test_model_card_holds_the_plan():
 
 def test_model_card_of_a_text_model():
     plan = long_plan()
-    plan.input_size, plan.agreement = [512], None
+    plan.input_size = [512]
     card = report.model_card(plan)
     assert "8 samples (512 tokens each) of `demo`" in card
-    assert "Agreement" not in card
+    assert "agreement with the exact model 87.5 %" in " ".join(card.split())
+    plan.check = {}
+    assert "agreement" not in report.model_card(plan)
     assert "None" not in card
 
 

@@ -90,7 +90,7 @@ def plan_for(model: nn.Module, method: str = "window2d+favor", *, seed: int = 0,
         entry.entropy_ratio, entry.matrix_error, entry.output_error = 1 - 0.1 * i, 0.1234 + i / 100, 0.0567 + i / 100
         plan.sites.append(entry)
     plan.settle_budget()
-    plan.agreement, plan.data = 87.5, {"source": "demo", "samples": 8, "fingerprint": "f" * 64}
+    plan.data = {"source": "demo", "samples": 8, "fingerprint": "f" * 64}
     plan.check = {"samples": 8, "unseen": 1, "agreement": 87.5, "divergence": 0.25, "drop": 12.5}
     layers = plan.layers()
     plan.tensors = {f"{n}.{k}": t.clone() for n, layer in layers.items() for k, t in patch_tensors(layer).items()}

@@ -24,6 +24,7 @@ from ..sites.fidelity import matrix_error, output_error
 from ..sites.observe import Watcher, observed
 
 ROWS = 256  # of logits over a vocabulary that are compared at once
+KEPT = 1 << 20  # numbers in the exact model's answer to a batch, up to which it is kept
 MATRIX_SAMPLES = 4  # for the matrix error, which costs as much as exact attention in eager mode
 BUDGETS = [0.75 * 2 ** (-i / 2) for i in range(20)]  # what --max-drop chooses from, down to a thousandth
 
@@ -37,21 +38,36 @@ class Check:
     screen: list[Inputs]
     unseen: list[Inputs]
     progress: Progress[Any]
+    _answers: dict[int, Tensor] = field(default_factory=dict)  # of the exact model
 
-    def figures(self, plan: Plan, batches: Sequence[Inputs], description: str) -> dict[str, float]:
-        """Patched against exact, over the samples: `agreement` in percent or `cosine`, `divergence` (Kullback-Leibler in
-        nats, or 1 - cosine), `perplexity_ratio` of a text, and `drop` (see `Totals.figures`).
+    def figures(self, plans: Sequence[Plan], batches: Sequence[Inputs], description: str) -> list[dict[str, float]]:
+        """Each plan against the exact model, which runs once a batch: `agreement` in percent or `cosine`, `divergence`
+        (Kullback-Leibler in nats, or 1 - cosine), `perplexity_ratio` of a text, and `drop` (see `Totals.figures`).
         """
-        totals = Totals(self.answer)
+        totals = [Totals(self.answer) for _ in plans]
         for one in self.progress(batches, description):
-            exact = batch.run(self.model, one)
-            patch(self.model, plan)
-            try:
-                found = batch.run(self.model, one)
-            finally:
-                unpatch(self.model)
-            totals.add(found, exact, one)
-        return totals.figures()
+            exact = self.exact(one)
+            for plan, total in zip(plans, totals, strict=True):
+                total.add(self.patched(plan, one), exact, one)
+        return [total.figures() for total in totals]
+
+    def exact(self, one: Inputs) -> Tensor:
+        """The exact model's answer to one of the batches, kept where it is small: a text's logits are not."""
+        known = self._answers.get(id(one))  # the batches live as long as this does
+        if known is not None:
+            return known
+        found = batch.run(self.model, one)
+        if found.numel() <= KEPT:
+            self._answers[id(one)] = found
+        return found
+
+    def patched(self, plan: Plan, one: Inputs) -> Tensor:
+        """The model's answer under a plan."""
+        patch(self.model, plan)
+        try:
+            return batch.run(self.model, one)
+        finally:
+            unpatch(self.model)
 
 
 @dataclass
@@ -126,7 +142,7 @@ def pick(plans: Sequence[Plan], check: Check) -> Plan:
     """The plan under which the whole model's answer diverges least, on the samples that made the plans."""
     if len(plans) == 1:
         return plans[0]
-    found = [check.figures(plan, check.screen, "comparing plans")["divergence"] for plan in plans]
+    found = [figures["divergence"] for figures in check.figures(plans, check.screen, "comparing plans")]
     return plans[found.index(min(found))]
 
 
@@ -149,7 +165,8 @@ def smallest_that_keeps(plans: Callable[[float], list[Plan]], max_drop: float, c
                 best[level] = plans(BUDGETS[level])[0]
             except SbpatchError:  # too little for the smallest patch
                 return False
-        return check.figures(best[level], batches, f"budget {BUDGETS[level]:.4f}")["drop"] <= max_drop
+        (figures,) = check.figures([best[level]], batches, f"budget {BUDGETS[level]:.4f}")
+        return figures["drop"] <= max_drop
 
     low, high = 0, len(BUDGETS)  # the level sought is in [low, high): below it all keep, from it on none does
     while low < high:
@@ -184,14 +201,15 @@ def check_plan(plan: Plan, check: Check) -> None:
 
         return watch
 
+    whole = Totals(check.answer)
     for one in check.progress(samples, "checking the plan"):
-        observed(check.model, one, {name: watcher(name) for name in layers}, causal)
+        exact = observed(check.model, one, {name: watcher(name) for name in layers}, causal)
+        whole.add(check.patched(plan, one), exact, one)
     count = sum(batch.count(one) for one in samples)
     for site in plan.patched:
         site.output_error = float(errors[site.name].mean()) / count
         site.matrix_error = float(torch.cat(matrix[site.name]).mean())
         for group in site.per_head or []:
             group.output_error = float(errors[site.name][group.heads].mean()) / count
-    figures = check.figures(plan, samples, "whole model")
-    plan.agreement = figures.get("agreement")
+    figures = whole.figures()
     plan.check = {"samples": count, "unseen": float(bool(check.unseen)), **figures}

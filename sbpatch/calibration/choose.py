@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -157,7 +158,10 @@ def _why(site: SitePlan, heads: Sequence[Candidate], tried: int) -> str:
     share = 1 - sum(c.layer.nnz for c in heads) / stored
     took = heads[0].layer.method
     if site.per_head is not None:
-        took = ", ".join(f"{group.method} for {len(group.heads)}" for group in site.per_head) + " heads"
+        heads_by = Counter({group.method: 0 for group in site.per_head})
+        for group in site.per_head:
+            heads_by[group.method] += len(group.heads)
+        took = ", ".join(f"{method} for {count}" for method, count in heads_by.items()) + " heads"
     return (
         f"entropy {site.entropy_ratio:.2f} of ln n suggests {site.entropy_ratio:.0%} low-rank; of {tried} layers tried, "
         f"{took}, {share:.0%} low-rank, had the damage that paid best"

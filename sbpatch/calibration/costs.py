@@ -134,12 +134,20 @@ def device_key(device: torch.device, dtype: torch.dtype) -> str:
 
 
 def _inputs(site: Geometry, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values of a few samples, keys in clumps as those of trained models are."""
+    """Queries, keys and values of a few samples."""
     batch = max(1, min(8, ROWS // (site.tokens * site.heads)))
-    generator = torch.Generator().manual_seed(0)
-    heads = site.heads // site.group
-    clump = 1.5 * torch.randn(batch, heads, 64, site.head_dim, generator=generator)
-    member = torch.randint(64, (batch, heads, site.tokens, 1), generator=generator).expand(-1, -1, -1, site.head_dim)
-    q = torch.randn(batch, site.heads, site.tokens, site.head_dim, generator=generator)
-    k, v = (torch.randn(member.shape, generator=generator) + clump.gather(2, member) for _ in range(2))
+    q, k, v = clumped(batch, site.heads, site.heads // site.group, site.tokens, site.head_dim)
     return q.to(device, dtype), k.to(device, dtype), v.to(device, dtype)
+
+
+def clumped(
+    batch: int, heads: int, key_heads: int, tokens: int, head_dim: int, seed: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Random queries (B, H, n, d), keys and values (B, H_k, n, d), the latter in 64 clumps as those of trained models are."""
+    generator = torch.Generator().manual_seed(seed)
+    clump = 1.5 * torch.randn(batch, key_heads, 64, head_dim, generator=generator)
+    member = torch.randint(64, (batch, key_heads, tokens, 1), generator=generator).expand(-1, -1, -1, head_dim)
+    q, k, v = (
+        torch.randn(batch, count, tokens, head_dim, generator=generator) for count in (heads, key_heads, key_heads)
+    )
+    return q, 0.5 * k + clump.gather(2, member), v + clump.gather(2, member)

@@ -13,6 +13,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -28,16 +30,32 @@ from ..sites.swap import swapped
 DIRECTIONS: Mapping[Answer, int] = {"classes": 8, "features": 8, "next-token": 1, "tokens": 1}
 
 
+class Seen(NamedTuple):
+    """A site in one run of the exact model: its call, its output, and the answer's gradients there, (R, B, H, n, d) float32."""
+
+    call: Call
+    output: Tensor
+    gradient: Tensor
+
+
 def answer_gradients(
     model: nn.Module, names: Sequence[str], inputs: Inputs, answer: Answer, seed: int, at_most: int | None = None
 ) -> dict[str, Tensor]:
-    """Gradients of random directions of the answer at the output of each named site: {name: (R, B, H, n, d)}, float32.
+    """Gradients of random directions of the answer at the output of each named site: {name: (R, B, H, n, d)}, float32."""
+    return {name: seen.gradient for name, seen in with_gradients(model, names, inputs, answer, seed, at_most).items()}
 
-    R is that of `DIRECTIONS`, or `at_most`.
+
+def with_gradients(
+    model: nn.Module, names: Sequence[str], inputs: Inputs, answer: Answer, seed: int, at_most: int | None = None
+) -> dict[str, Seen]:
+    """One forward pass of the exact model, and one backward pass for each of R random directions of the answer.
+
+    R is that of `DIRECTIONS`, or `at_most`. The calls of all sites are held, as they are for the backward pass anyway.
 
     Logits over a vocabulary: log p of a token drawn from the model's own distribution, summed over positions. Class logits
     and features: a Gaussian direction, so that confident answers count as much as doubtful ones.
     """
+    calls: dict[str, Call] = {}
     outputs: dict[str, Tensor] = {}
 
     def recorder(name: str) -> object:
@@ -45,7 +63,8 @@ def answer_gradients(
             output = call.exact()
             if not output.requires_grad:  # the first site: nothing before it asks for gradients
                 output = output.detach().requires_grad_()
-            outputs[name] = output
+            q, k, v = (x.detach() for x in (call.query, call.key, call.value))
+            calls[name], outputs[name] = replace(call, query=q, key=k, value=v), output
             return output
 
         return record
@@ -65,7 +84,10 @@ def answer_gradients(
             )
             for i, scalar in enumerate(directions)
         ]
-    return {name: torch.stack(draws).float() for name, draws in zip(reached, zip(*found, strict=True), strict=True)}
+    gradients = {
+        name: torch.stack(draws).float() for name, draws in zip(reached, zip(*found, strict=True), strict=True)
+    }
+    return {name: Seen(calls[name], outputs[name].detach(), gradients[name]) for name in reached}
 
 
 def damage(output: Tensor, exact: Tensor, gradient: Tensor) -> Tensor:

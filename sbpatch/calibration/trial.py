@@ -15,10 +15,10 @@ from ..plan.plan import Plan, SitePlan
 from ..progress import Progress
 from ..sites.calls import Call
 from ..sites.fidelity import head_profile, second_moments
-from ..sites.observe import Watcher, observed
+from ..sites.observe import Watcher, in_plain_form, observed
 from .candidates import Candidate
 from .journal import Journal
-from .sensitivity import answer_gradients
+from .sensitivity import with_gradients
 
 
 class Trial:
@@ -71,15 +71,9 @@ class Trial:
             key = f"{description} {number} " + " ".join(f"{name} {len(candidates[name])}" for name in names)
             if self.journal.recall(key, candidates):
                 continue
-            seed = self.plan.seed * 1000 + number
-            gradients = answer_gradients(self.model, names, one, self.answer, seed)
-
-            def watcher(name: str, gradients: Mapping[str, Tensor] = gradients) -> Watcher:
-                def watch(call: Call, output: Tensor) -> None:
-                    for candidate in candidates[name]:
-                        candidate.observe(call, output, gradients[name])
-
-                return watch
-
-            observed(self.model, one, {name: watcher(name) for name in names}, causal)
+            seen = with_gradients(self.model, names, one, self.answer, self.plan.seed * 1000 + number)
+            while seen:  # what a site no longer needs is freed before the next one
+                name, (call, output, gradient) = seen.popitem()
+                for candidate in candidates[name]:
+                    candidate.observe(in_plain_form(call, name, causal[name]), output, gradient)
             self.journal.record(key, candidates)

@@ -9,7 +9,15 @@ from typing import Any, Literal
 
 import timm
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 from torch import Tensor, nn
 
 from ..attention import PARTS, Geometry, Scatterbrain, parse_method
@@ -34,21 +42,39 @@ def versions() -> dict[str, str]:
 
 
 class Setting(BaseModel):
-    """A method with its cost; its parameters are further keys (`window`, ...)."""
+    """A method with its cost and parameters.
 
-    model_config = ConfigDict(extra="allow", populate_by_name=True)
+    In the file the parameters stand beside the other keys (`window`, ...); here they have a dictionary of their own, so
+    that none can pass for one of the others. The rank, which many methods count and some are given, is a field.
+    """
+
+    model_config = ConfigDict(extra="forbid", populate_by_name=True)
 
     method: str | None = None
     seed: int | None = Field(default=None, ge=0, lt=2**63)
     rank: int | None = None
     nnz: float | None = None
     budget: float | None = None  # stored / the keys of a row
+    parameters: dict[str, int] = Field(default_factory=dict, exclude=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _parameters_apart(cls, data: Any) -> Any:
+        """Whole numbers under keys that are no fields are the method's parameters."""
+        if not isinstance(data, dict):
+            return data
+        known = {key for name, field in cls.model_fields.items() for key in (name, field.alias)} - {"parameters"}
+        others = {key: value for key, value in data.items() if key not in known and type(value) is int}
+        return {key: value for key, value in data.items() if key not in others} | {"parameters": others}
+
+    @model_serializer(mode="wrap")
+    def _parameters_beside(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {**handler(self), **self.parameters}
 
     def take(self, layer: Layer, seed: int) -> None:
         """Take over a built layer's method, parameters and cost."""
         self.method, self.seed = layer.method, seed
-        for name, value in layer.parameters_used.items():
-            setattr(self, name, value)
+        self.parameters = {name: value for name, value in layer.parameters_used.items() if name != "rank"}
         self.rank, self.nnz, self.budget = layer.rank, layer.nnz, layer.stored / layer.site.row_keys
 
     def build(self, site: Geometry, name: str) -> Layer:
@@ -57,7 +83,7 @@ class Setting(BaseModel):
             raise SbpatchError(f"plan of site '{name}' says patch but names no method or seed: calibrate again")
         if self.method == Exact.method:
             return Exact(site)
-        parameters = {k: v for k, v in (self.model_extra or {}).items() if isinstance(v, int)}
+        parameters = dict(self.parameters)
         _, low_rank = parse_method(self.method)
         if low_rank is not None and self.rank is not None and PARTS[low_rank].kind != "joined":
             parameters["rank"] = self.rank
@@ -184,7 +210,6 @@ class Plan(BaseModel):
     objective: Literal["memory", "time"] = "memory"  # what the budget is a share of
     allocation: str = "joint"
     max_drop: float | None = None  # what was asked for in place of a budget
-    agreement: float | None = None  # percent, on the calibration sample
     check: dict[str, float] = Field(default_factory=dict)  # of the whole model, on samples the choice did not see
     sites: list[SitePlan]
     tensors: dict[str, Tensor] = Field(default_factory=dict, exclude=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ..attention.core import repeated
 from .calls import Call
 
 SINKS = 4  # first tokens, on which models park attention that has nowhere to go
@@ -24,10 +25,7 @@ def output_error(output: Tensor, exact: Tensor, real: Tensor | None = None) -> T
 
 def all_heads(call: Call) -> Call:
     """The call with as many key as query heads."""
-    group = call.query.shape[1] // call.key.shape[1]
-    if group == 1:
-        return call
-    k, v = (x.repeat_interleave(group, 1) for x in (call.key, call.value))
+    k, v = (repeated(x, call.query.shape[1]) for x in (call.key, call.value))
     return Call(call.query, k, v, is_causal=call.is_causal, scale=call.scale, key_mask=call.key_mask)
 
 
@@ -107,8 +105,3 @@ def second_moments(call: Call) -> tuple[Tensor, Tensor]:
     k = (k - k.sum(-2, keepdim=True) / count) * real
     query, key = ((x.mT @ x / count * abs(call.softmax_scale)).double() for x in (q, k))
     return query, key
-
-
-def row_entropy(call: Call, rows: int = 256) -> Tensor:
-    """Entropy in nats of the exact attention, mean over `rows` evenly spaced query rows: (B, H)."""
-    return head_profile(call, rows)["entropy"]

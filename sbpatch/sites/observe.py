@@ -27,14 +27,18 @@ def observed(model: nn.Module, inputs: Inputs, watchers: Mapping[str, Watcher], 
     def watch(name: str) -> Callable[[Call], Tensor]:
         def attend(call: Call) -> Tensor:
             output = call.exact()
-            try:
-                plain = call.plain(causal[name])
-            except SbpatchError as error:
-                raise SbpatchError(f"site '{name}': {error}; leave it out (--exclude, for bench --site)") from error
-            watchers[name](plain, output)
+            watchers[name](in_plain_form(call, name, causal[name]), output)
             return output
 
         return attend
 
     with swapped(model, {name: watch(name) for name in watchers}):
         return batch.run(model, inputs)
+
+
+def in_plain_form(call: Call, site: str, causal: bool) -> Call:
+    """`Call.plain`, whose refusal names the site."""
+    try:
+        return call.plain(causal)
+    except SbpatchError as error:
+        raise SbpatchError(f"site '{site}': {error}; leave it out (--exclude, for bench --site)") from error

@@ -23,6 +23,7 @@ from scipy import stats
 from torch import Tensor
 
 from ..attention import Geometry
+from ..attention.core import repeated
 from ..attention.reference import exact_matrix
 from ..attention.robust_pca import robust_pca
 from ..data import batch
@@ -108,7 +109,7 @@ def _collect(
             real = mask.nonzero()[:, 0]
             index = real[torch.arange(min(len(real), TOKENS), device=real.device) * len(real) // min(len(real), TOKENS)]
             three = (x.index_select(2, index).float() for x in (call.query, call.key, call.value))
-            every = (x.repeat_interleave(call.query.shape[1] // x.shape[1], 1).split(1) for x in three)
+            every = (repeated(x, call.query.shape[1]).split(1) for x in three)
             for q, k, v in zip(*every, strict=True):
                 calls[name].append(Call(q, k, v, is_causal=call.is_causal, scale=call.softmax_scale))
 

@@ -13,13 +13,14 @@ from torch import Tensor
 
 from ..attention import PARTS, Geometry, Scatterbrain, parse_method
 from ..calibration.candidates import candidates_for
+from ..calibration.costs import clumped
 from ..errors import SbpatchError, one_line
 from ..evaluation.evaluate import eager_attention
 from ..measure import elapsed_ms, peak_memory_bytes, without_launches
 from ..plan.plan import SitePlan
 from ..progress import Progress, no_progress
 from ..sites.calls import Call
-from ..sites.fidelity import output_error, row_entropy
+from ..sites.fidelity import head_profile, output_error
 from ..sites.find import Site
 
 METHODS = ("clusters", "lsh+clusters", "window+favor", "lsh+favor", "auto")
@@ -31,16 +32,6 @@ SHAPE = ("tokens", "heads", "head_dim", "batch", "causal")  # keys of a row that
 
 Row = dict[str, Any]  # in the contract's keys
 Moments = tuple[Tensor, Tensor]  # see `fidelity.second_moments`, means over samples: (H, d, d) each
-
-
-def inputs(tokens: int, heads: int, head_dim: int, batch: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values (B, H, n, d); keys lie in 64 clumps, as those of trained models do, and are no plain noise."""
-    generator = torch.Generator().manual_seed(seed)
-    shape = (batch, heads, tokens, head_dim)
-    clump = 1.5 * torch.randn(batch, heads, 64, head_dim, generator=generator)
-    member = torch.randint(64, (batch, heads, tokens, 1), generator=generator).expand(shape)
-    q, k, v = (torch.randn(shape, generator=generator) for _ in range(3))
-    return q, 0.5 * k + clump.gather(2, member), v + clump.gather(2, member)
 
 
 def check_settings(methods: Iterable[str], budget: float) -> None:
@@ -88,7 +79,7 @@ def automatic(call: Call, site: Site, budget: float, seed: int, moments: Moments
     """
     device = call.query.device
     described = SitePlan.of(site, "patch", "")
-    described.entropy_ratio = float(row_entropy(call).mean()) / math.log(max(described.tokens, 2))
+    described.entropy_ratio = float(head_profile(call)["entropy"].mean()) / math.log(max(described.tokens, 2))
     try:
         tried, _ = candidates_for(
             described, seed, budget, moments=moments, method="auto", allocation="measured", heads=described.heads,
@@ -215,6 +206,6 @@ def bench(
     rows = []
     for tokens in progress(lengths, "benchmark"):
         site = Site("random", "", Geometry(tokens, heads, head_dim, causal))
-        q, k, v = (x.to(device, dtype) for x in inputs(tokens, heads, head_dim, batch, seed))
+        q, k, v = (x.to(device, dtype) for x in clumped(batch, heads, heads, tokens, head_dim, seed))
         rows += call_rows(Call(q, k, v, is_causal=causal), site, methods, budget, seed)
     return rows
