@@ -249,7 +249,13 @@ def test_perplexity(texts):
     for inputs, labels in windows(open_text("text.txt"), checkpoint.preprocessing, stride=40, limit=5):
         logits = checkpoint.model(input_ids=inputs["input_ids"][None]).logits[0].double()
         nll += (-logits.log_softmax(-1)[labels >= 0, labels[labels >= 0]]).tolist()
-    measured = {"latency_ms", "samples_per_second", "peak_memory_bytes", "attention_memory_bytes"}
+    measured = {
+        "latency_ms",
+        "samples_per_second",
+        "peak_memory_bytes",
+        "attention_memory_bytes",
+        "time_to_first_token_ms",
+    }
     assert result["variants"]["eager"].keys() == measured  # of five batches it ran three
     exact = result["variants"]["sdpa"]
     assert exact.keys() == measured | {"perplexity", "agreement"}

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from tiny import refused, t2t
+from tiny import plan_for, refused, t2t
 from tiny_text import bert, llama, preprocessing, prose
 from torch import Tensor
 from transformers import BertForMaskedLM
@@ -22,6 +22,7 @@ from sbpatch.errors import SbpatchError
 from sbpatch.evaluation.evaluate import (
     Subject,
     Totals,
+    affordable,
     as_generation_starts,
     attention_memory_bytes,
     check_classes,
@@ -97,6 +98,31 @@ def test_perplexity_against_a_plain_loop(stride: int | None) -> None:
     assert found["perplexity"] == pytest.approx(math.exp(sum(nll) / len(nll)), rel=1e-5)
     assert found["agreement"] == pytest.approx(100 * sum(same) / len(same))
     assert 0 < found["agreement"] < 100
+
+
+def test_perplexity_by_the_number_of_tokens_seen_before() -> None:
+    """One window of 1,500 positions, the first 100 not scored: even odds up to the 1,024th token, one in four after it."""
+    logits = torch.zeros(1, 1500, 4)
+    logits[:, :1023, 2:] = -1e4  # what position i is asked for is token i + 1, before which i + 1 were seen
+    labels = torch.ones(1, 1500, dtype=torch.long)
+    labels[:, :100] = -1
+    found = figures("next-token", logits, logits, {"input_ids": labels}, labels)
+    assert found["perplexity_to_1k"] == pytest.approx(2)
+    assert found["perplexity_1k_to_4k"] == pytest.approx(4)
+    assert found["perplexity"] == pytest.approx(math.exp((923 * math.log(2) + 477 * math.log(4)) / 1400))
+    assert "perplexity_from_4k" not in found
+    short = figures("next-token", logits[:, :900], logits[:, :900], {"input_ids": labels[:, :900]}, labels[:, :900])
+    assert short.keys() == {"perplexity", "agreement"}  # one range says nothing more
+
+
+def test_eager_is_left_out_where_its_matrix_would_fill_the_memory() -> None:
+    sites = plan_for(t2t(), "window").sites
+    assert affordable(sites, None, 8, "float32") == ["eager", "sdpa", "patched"]
+    tokens = math.isqrt((4 << 30) // (4 * max(site.heads for site in sites)))
+    assert "eager" in affordable(sites, tokens, 1, "float32")
+    assert affordable(sites, tokens + 1, 1, "float32") == ["sdpa", "patched"]
+    assert "eager" in affordable(sites, tokens + 1, 1, "bfloat16")
+    assert affordable(sites, tokens + 1, 2, "bfloat16") == ["sdpa", "patched"]
 
 
 @torch.inference_mode()

@@ -138,6 +138,21 @@ def text_result(**quality: float) -> dict:
     return RESULT | {"variants": variants, "length": 2048}
 
 
+@widths
+def test_eval_of_a_causal_model_says_when_the_first_token_comes_and_where_perplexity_is_lost(width):
+    result = text_result(agreement=91.25, perplexity=17.0, perplexity_to_1k=18.5, perplexity_from_4k=16.25)
+    for name, ms in {"eager": 4000.0, "sdpa": 1000.0, "patched": 625.0}.items():
+        result["variants"][name] = result["variants"][name] | {"time_to_first_token_ms": ms}
+    text = " ".join(rendered(report.eval_table(result), width).split())
+    assert "first token: eager 4000.0 ms (0.25x), sdpa 1000.0 ms (1.00x), patched 625.0 ms (1.60x)" in text
+    assert "up to the 1,024th token: eager 18.500, sdpa 18.500, patched 18.500" in text
+    assert "after that: eager 16.250" in text
+    assert "up to the 4,096th" not in text
+    assert "left out" not in text
+    del result["variants"]["eager"]
+    assert "eager is left out" in " ".join(rendered(report.eval_table(result), width).split())
+
+
 def test_eval_table_of_texts_has_the_columns_that_apply():
     text = rendered(report.eval_table(text_result(agreement=91.25, perplexity=17.0123)), 100)
     assert {"perplexity", "agree", "17.012", "91.25"} <= set(text.split())

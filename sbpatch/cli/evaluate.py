@@ -61,8 +61,12 @@ def eval_command(
     data = evaluation_set(loaded, dataset, data_dir=data_dir, limit=limit, stride=stride)
     batch_size = batch_size or default_batch(loaded)
     subject = evaluate.Subject(model, checkpoint, loaded.answer, device.resolve(), dtype.value)
-    variants = evaluate.evaluate(subject, data, batch_size=batch_size, progress=progress_bars(quiet))
     sites = plan.sites if plan else evaluate.exact_sites(loaded)
+    tokens = loaded.preprocessing.tokens if isinstance(loaded.preprocessing, TextPreprocessing) else None
+    variants = evaluate.evaluate(
+        subject, data, batch_size=batch_size, progress=progress_bars(quiet),
+        variants=evaluate.affordable(sites, tokens, batch_size, dtype.value),
+    )  # fmt: skip
     for name, figures in variants.items():
         figures["attention_memory_bytes"] = evaluate.attention_memory_bytes(sites, name, subject)
     result = {
@@ -76,8 +80,8 @@ def eval_command(
         "versions": versions(),
         "variants": variants,
     }
-    if isinstance(loaded.preprocessing, TextPreprocessing):
-        result["length"] = loaded.preprocessing.tokens
+    if tokens is not None:
+        result["length"] = tokens
     if not quiet:
         out.print(report.eval_table(result))
     write_json(json_file, json.dumps(result, indent=2) + "\n")

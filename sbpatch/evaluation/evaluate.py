@@ -41,6 +41,8 @@ from ..sites.swap import swap
 VARIANTS = ("eager", "sdpa", "patched")
 EAGER_BATCHES = 3  # that the slow eager variant runs, for its time and memory; its answers are SDPA's but for rounding
 EAGER_MS = 30_000.0  # after which it runs no further batch
+EAGER_BYTES = 4 << 30  # the attention matrix of one site and batch, above which eager is left out: it holds several
+FIRST_TOKEN_BATCHES = 3  # that a causal model runs once more, for the logits of the last position alone
 
 
 @dataclass(frozen=True)
@@ -66,15 +68,21 @@ class Totals:
     seen: int = 0
     peak_memory: int = 0
     ms: list[float] = field(default_factory=list)  # one a batch
+    first_ms: list[float] = field(default_factory=list)  # to the first token after the batch
     scores: Scores = field(default_factory=Scores)
 
     def figures(self, batch_size: int) -> dict[str, float]:
         full = self.ms[: self.seen // batch_size] or self.ms  # the last batch may be short
-        return self.scores.figures() | {
-            "latency_ms": statistics.median(full),
-            "samples_per_second": 1e3 * min(batch_size, self.seen) / statistics.median(full),
-            "peak_memory_bytes": self.peak_memory,
-        }
+        first = {"time_to_first_token_ms": statistics.median(self.first_ms)} if self.first_ms else {}
+        return (
+            self.scores.figures()
+            | first
+            | {
+                "latency_ms": statistics.median(full),
+                "samples_per_second": 1e3 * min(batch_size, self.seen) / statistics.median(full),
+                "peak_memory_bytes": self.peak_memory,
+            }
+        )
 
 
 def eager_attention(call: Call) -> Tensor:
@@ -136,7 +144,9 @@ def _unpacked(inputs: Any) -> Inputs:
 
 
 def _worker(pipe: Connection, subject: Subject, variant: str) -> None:
-    """Answer ('batch' | 'memory', inputs, labels) with (what is kept, milliseconds) or peak bytes, until None comes."""
+    """Answer requests (task, inputs, labels) until None comes: 'batch' with (what is kept, milliseconds), 'memory' with peak
+    bytes, 'first token' with milliseconds.
+    """
     if subject.threads:
         torch.set_num_threads(subject.threads)
     device = torch.device(subject.device)
@@ -152,6 +162,8 @@ def _worker(pipe: Connection, subject: Subject, variant: str) -> None:
                         run(model, samples(x, 0, 1))  # lazy initialisation is no part of any figure
                 if task == "memory":
                     pipe.send(peak_memory_bytes(partial(run, model, as_generation_starts(model, x)), device))
+                elif task == "first token":
+                    pipe.send(elapsed_ms(partial(run, model, as_generation_starts(model, x)), device)[1])
                 else:
                     output, ms = elapsed_ms(partial(run, model, x), device)
                     pipe.send((kept(subject.answer, output, x, torch.from_numpy(labels)), ms))
@@ -175,11 +187,13 @@ def evaluate(
     data: Samples,
     *,
     batch_size: int = 8,
+    variants: Sequence[str] = VARIANTS,
     progress: Progress[Any] = no_progress,
 ) -> dict[str, dict[str, float]]:
     """Run every variant over `data`: {variant: {agreement, perplexity, latency_ms, ...}} with the keys that apply.
 
-    Time is the median over batches of `batch_size`; memory is the peak of one such batch. Eager attention runs on the first
+    Time is the median over batches of `batch_size`; memory is the peak of one such batch. Of a causal model also the time to
+    the first token after a batch, without the logits of its other positions. Eager attention runs on the first
     `EAGER_BATCHES` batches at most, and where there are more it has no figures of quality. A variant's process loads the model
     itself, so this must be called under `if __name__ == "__main__":` in a script.
 
@@ -188,7 +202,7 @@ def evaluate(
     """
     if not len(data):
         raise SbpatchError(f"no samples in '{data.name}' to evaluate on")
-    variants = VARIANTS if subject.patched else VARIANTS[:2]
+    variants = [name for name in variants if subject.patched or name != "patched"]
     context = multiprocessing.get_context("spawn")
     pipes, processes = {}, []
     for variant in variants:
@@ -214,6 +228,9 @@ def evaluate(
                 pipes[variant].send(("batch", inputs, labels))
                 found[variant], ms = _receive(pipes[variant], variant)
                 totals[variant].ms.append(ms)
+                if subject.answer == "next-token" and number < (1 if variant == "eager" else FIRST_TOKEN_BATCHES):
+                    pipes[variant].send(("first token", inputs, labels))
+                    totals[variant].first_ms.append(_receive(pipes[variant], variant))
             for variant in running:
                 totals[variant].seen += count(x)
                 totals[variant].scores.add(found[variant], found["sdpa"])
@@ -238,6 +255,17 @@ def check_classes(checkpoint: Checkpoint, images: ImageSet) -> None:
             f"{images.name} has {images.classes} classes and {checkpoint.name} {classes}: their labels cannot be compared "
             "(folders of ImageNet classes: --dataset imagenet-val --data-dir FOLDER)"
         )
+
+
+def affordable(sites: Sequence[SitePlan], tokens: int | None, batch_size: int, dtype: str) -> list[str]:
+    """The variants, without eager where the attention matrix of one site would take more than `EAGER_BYTES`.
+
+    Args:
+        tokens: of a text; where None, the sites say how many theirs are.
+    """
+    size = torch.empty(0, dtype=getattr(torch, dtype)).element_size()
+    largest = max((site.heads * (tokens or site.tokens) ** 2 for site in sites), default=0) * batch_size * size
+    return [name for name in VARIANTS if name != "eager" or largest <= EAGER_BYTES]
 
 
 # -- what the attention stores --------------------------------------------------------------------------------------

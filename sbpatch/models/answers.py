@@ -14,6 +14,8 @@ from ..data.batch import Inputs
 from ..errors import SbpatchError
 from .checkpoint import Answer
 
+# Ranges of tokens seen before the scored one, by the name of their perplexity; at the start attention is short and exact.
+RANGES = {"perplexity_to_1k": (0, 1024), "perplexity_1k_to_4k": (1024, 4096), "perplexity_from_4k": (4096, 1 << 62)}
 POSITIONS = 256  # of logits over a vocabulary that are looked at together: whole windows would be copied
 Kept = Mapping[str, np.ndarray]
 
@@ -22,7 +24,8 @@ def kept(answer: Answer, output: Tensor, inputs: Inputs, labels: Tensor) -> Kept
     """What figures need of a batch's output; of next-token logits (B, n, vocabulary) a few thousandths of them.
 
     `choice` is the top-1, per sample, scored position or real token; `top1` and `top5` whether the label is it, or among
-    the five highest, of the samples that have one; `nll` the negative log-likelihood of every scored token in nats;
+    the five highest, of the samples that have one; `nll` the negative log-likelihood of every scored token in nats, and
+    `position` the number of tokens that the model had seen before it;
     `embedding` (B, width) the mean of the features over the sample's real tokens, of length 1.
 
     Args:
@@ -75,7 +78,8 @@ def _classes(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
 
 def _tokens(logits: Tensor, labels: Tensor | None, real: Tensor) -> dict[str, Tensor]:
     """Top-1 and, where there are labels, their negative log-likelihood, of the scored (or else the real) positions."""
-    scored = (real if labels is None else labels >= 0).flatten().split(POSITIONS)
+    scores = real if labels is None else labels >= 0
+    scored = scores.flatten().split(POSITIONS)
     choice, highest, nll = [], [], []
     for i, part in enumerate(logits.flatten(0, 1).split(POSITIONS)):
         chosen = part[scored[i]].float()
@@ -85,7 +89,7 @@ def _tokens(logits: Tensor, labels: Tensor | None, real: Tensor) -> dict[str, Te
             target = labels.flatten().split(POSITIONS)[i][scored[i]]
             nll.append(F.cross_entropy(chosen, target, reduction="none"))
     found = {"choice": torch.cat(choice), "highest": torch.cat(highest)}
-    return found | ({"nll": torch.cat(nll)} if nll else {})
+    return found | ({"nll": torch.cat(nll), "position": scores.nonzero()[:, 1] + 1} if nll else {})
 
 
 @dataclass
@@ -100,6 +104,10 @@ class Scores:
         for name in ("top1", "top5", "nll"):
             if name in found:
                 self._add(name, found[name])
+        if "nll" in found:
+            for name, (first, stop) in RANGES.items():
+                within = (found["position"] >= first) & (found["position"] < stop)
+                self._add(name, found["nll"][within])
         if "choice" in found:
             self._add("agreement", found["choice"] == exact["choice"])
         if "embedding" in found:
@@ -110,9 +118,11 @@ class Scores:
         self.counts[name] = self.counts.get(name, 0) + values.size
 
     def figures(self) -> dict[str, float]:
-        """`top1`, `top5`, `agreement` in percent, `perplexity`, `cosine`; what does not apply is left out."""
+        """`top1`, `top5`, `agreement` in percent, `perplexity`, that of each of `RANGES`, `cosine`; only what applies."""
         means = {name: self.sums[name] / count for name, count in self.counts.items() if count}
         figures: dict[str, float] = {n: 100 * means[n] for n in ("top1", "top5", "agreement") if n in means}
         if "nll" in means:
             figures["perplexity"] = float(np.exp(means["nll"]))
+            ranges = {name: float(np.exp(means[name])) for name in RANGES if name in means}
+            figures |= ranges if len(ranges) > 1 else {}
         return figures | ({"cosine": means["cosine"]} if "cosine" in means else {})

@@ -102,6 +102,13 @@ QUALITY = {
 }
 
 
+PERPLEXITIES = {
+    "perplexity_to_1k": "up to the 1,024th token",
+    "perplexity_1k_to_4k": "after it, up to the 4,096th",
+    "perplexity_from_4k": "after that",
+}
+
+
 def eval_table(result: Mapping[str, Any]) -> RenderableType:
     """Eager, SDPA and patched side by side, time and memory also as ratios to SDPA; quality in the columns that apply."""
     base = result["variants"]["sdpa"]
@@ -127,7 +134,26 @@ def eval_table(result: Mapping[str, Any]) -> RenderableType:
         f"speed: against SDPA · peak: PyTorch's allocations for one batch{last}, weights apart · "
         "stored: by the attention of all sites for one sample, by the budget's accounting"
     )
-    return Group(table, Text(setting, style="dim"))
+    return Group(table, *_text_lines(result["variants"]), Text(setting, style="dim"))
+
+
+def _text_lines(variants: Mapping[str, Mapping[str, float]]) -> list[Text]:
+    """What eval has of a causal model besides the columns: time to the first token, and perplexity by position."""
+    sdpa, lines = variants["sdpa"], []
+    if "time_to_first_token_ms" in sdpa:
+        times = (
+            f"{name} {v['time_to_first_token_ms']:.1f} ms "
+            f"({sdpa['time_to_first_token_ms'] / v['time_to_first_token_ms']:.2f}x)"
+            for name, v in variants.items()
+        )
+        lines.append(Text("first token: " + ", ".join(times)))
+    for name, meaning in PERPLEXITIES.items():
+        if name in sdpa:
+            found = ", ".join(f"{variant} {v[name]:.3f}" for variant, v in variants.items() if name in v)
+            lines.append(Text(f"perplexity {meaning}: {found}"))
+    if "eager" not in variants:
+        lines.append(Text("eager is left out: a site's attention matrix would take too much memory"))
+    return lines
 
 
 def _grouped(sites: list[SitePlan]) -> list[tuple[SitePlan, int]]:
