@@ -283,6 +283,25 @@ def test_text_models_from_calibration_to_evaluation(texts, capsys, model, figure
     assert patched["attention_memory_bytes"] < eager["attention_memory_bytes"]
 
 
+@pytest.mark.slow
+def test_a_causal_plan_at_four_times_its_length(texts, capsys):
+    """The share of the keys stays; an encoder's plan, which no rule scales, is refused."""
+    at = ["--data", "text.txt", "--samples", "2", "--quiet", "--length", "128", "--recipe"]
+    Path("blocks.yaml").write_text("budget: 0.7\nsites: {'*': {method: blocks, near: 16, block: 16, blocks: 1, tile: 16}}")
+    Path("window.yaml").write_text("budget: 0.7\nsites: {'*': {method: window, window: 31}}")
+    assert command("calibrate", "llama", *at, "blocks.yaml") == 0
+    assert command("eval", "--dataset", "text.txt", "--length", "512", "--limit", "2", "--json", "eval.json") == 0
+    assert "(calibrated at 128, the same share of the keys read)" in " ".join(capsys.readouterr().out.split())
+    result = json.loads(Path("eval.json").read_text())
+    assert (result["length"], result["calibrated_length"]) == (512, 128)
+    exact, patched = result["variants"]["sdpa"], result["variants"]["patched"]
+    assert 0.5 * exact["perplexity"] < patched["perplexity"] != exact["perplexity"]
+    assert 100 > patched["agreement"] > 50
+    assert command("calibrate", "bert", *at, "window.yaml", "-o", "encoder") == 0
+    said = fails(capsys, "eval", "encoder", "--dataset", "text.txt", "--length", "256")
+    assert "encoder was calibrated at 128 tokens: calibrate again for a --length of 256" in said
+
+
 @pytest.mark.parametrize(
     ("args", "said"),
     [

@@ -90,6 +90,15 @@ class Blocks(Joined):
             tile //= 2
         return sorted(found, key=lambda size: -size["near"] - size["blocks"] * size["block"])  # most keys read exactly
 
+    def longer(self, times: int) -> dict[str, int]:
+        """As many times the keys near and in blocks. Tiles and blocks grow with the root of the length alone, as `_best_tile`
+        does, and what a tile then reads less of itself it reads near it.
+        """
+        wider = 2 ** ((times.bit_length() - 1) // 2)
+        block = self.block * wider
+        near = self.before * times + -(-self.tile * (times - wider) // (2 * block)) * block
+        return {"near": near, "block": block, "blocks": self.blocks * times // wider, "tile": self.tile * wider}
+
     @classmethod
     def tried(cls, site: Geometry, entropy_ratio: float) -> str | None:
         return "blocks" if site.causal else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +25,9 @@ class Exact(nn.Module):
     def __init__(self, site: Geometry) -> None:
         super().__init__()
         self.site, self.nnz, self.stored = site, site.row_keys, site.row_keys
+
+    def longer(self, times: int) -> Exact:
+        return Exact(self.site.longer(times))
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None, scale: float | None = None
@@ -72,6 +76,14 @@ class PerHead(nn.Module):
         self.runs = [(_run(group), _run(mine)) for group, mine in zip(self.heads, shared, strict=True)]
         self.nnz = self._mean("nnz")
         self.stored = self._mean("stored")
+
+    def longer(self, times: int) -> PerHead:
+        """The layers for sequences `times` as long, a power of two."""
+        found = PerHead(self.site.longer(times), self.heads, [layer.longer(times) for layer in self._layers()])
+        return found.to(self.get_buffer("heads_0").device)
+
+    def _layers(self) -> list[Layer]:
+        return cast(list[Layer], list(self.layers))
 
     def _mean(self, name: str) -> float:
         pairs = zip(self.heads, self.layers, strict=True)

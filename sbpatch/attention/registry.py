@@ -45,6 +45,10 @@ class Geometry:
         """The same for some of its heads, whole runs of those that share keys."""
         return replace(self, heads=heads, key_heads=heads // self.group if self.key_heads else 0)
 
+    def longer(self, times: int) -> Geometry:
+        """The same for sequences `times` as long."""
+        return replace(self, tokens=self.tokens * times)
+
     @property
     def group(self) -> int:
         """Query heads that share one head of keys and values."""
@@ -90,6 +94,12 @@ class Part(nn.Module):
     def tried(cls, site: Geometry, entropy_ratio: float) -> str | None:
         """The method with this part that `auto` tries at a site whose mean entropy is that share of ln n, if any."""
         return None
+
+    def longer(self, times: int) -> dict[str, int]:
+        """Parameters that change where sequences are `times` as long, a power of two, so that the share read stays. None do
+        by default: what a part reads of each row then is as many entries as before.
+        """
+        return {}
 
     def fit(self, query: Tensor, key: Tensor) -> dict[str, int]:
         """Take what is needed from second moments (H, d, d) of the sample; returns the parameters that follow from them."""

@@ -93,6 +93,16 @@ class Scatterbrain(nn.Module):
         for part in self.parts:
             self.parameters_used |= part.fit(query, key)
 
+    def longer(self, times: int) -> Scatterbrain:
+        """The layer for sequences `times` as long, a power of two, with what was drawn and learned here (see `Part.longer`)."""
+        changed = {name: value for part in self.parts for name, value in part.longer(times).items()}
+        found = Scatterbrain(self.method, self.site.longer(times), 0, **(self.parameters_used | changed))
+        mine = dict(self.named_buffers())
+        for name, buffer in found.named_buffers():
+            if buffer.is_floating_point():
+                buffer.copy_(mine[name])
+        return found.to(next(iter(mine.values())).device) if mine else found
+
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None, scale: float | None = None
     ) -> Tensor:

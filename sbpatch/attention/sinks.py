@@ -33,6 +33,9 @@ class Sinks(Sparse):
         first = 4 if stored >= 16 else 1
         return {"window": int(stored) - first, "first": first} if stored >= 2 else None
 
+    def longer(self, times: int) -> dict[str, int]:
+        return {"window": self.window * times}
+
     def _fixed(self, n: int, device: torch.device) -> list[Tiles]:
         """The rounds, which depend on nothing but n."""
         shape = torch.empty(1, 1, n, 1, device=device)

@@ -63,6 +63,8 @@ def eval_command(
     subject = evaluate.Subject(model, checkpoint, loaded.answer, device.resolve(), dtype.value)
     sites = plan.sites if plan else evaluate.exact_sites(loaded)
     tokens = loaded.preprocessing.tokens if isinstance(loaded.preprocessing, TextPreprocessing) else None
+    if tokens is not None:  # a causal plan may be run at another length, where it stores the same share
+        sites = [site.model_copy(update={"tokens": tokens}) for site in sites]
     variants = evaluate.evaluate(
         subject, data, batch_size=batch_size, progress=progress_bars(quiet),
         variants=evaluate.affordable(sites, tokens, batch_size, dtype.value),
@@ -82,6 +84,8 @@ def eval_command(
     }
     if tokens is not None:
         result["length"] = tokens
+    if plan and plan.input_size and tokens not in (None, *plan.input_size):
+        result["calibrated_length"] = plan.input_size[0]
     if not quiet:
         out.print(report.eval_table(result))
     write_json(json_file, json.dumps(result, indent=2) + "\n")

@@ -103,10 +103,12 @@ def open_model(
     """A model at the size asked for, else at its plan's, else at its own.
 
     Raises:
-        SbpatchError: as `load_checkpoint`; a length for no text, pixels for text, or another length than the plan's.
+        SbpatchError: as `load_checkpoint`; a length for no text, pixels for text, or another length than that of a plan that
+            is not causal, which no rule scales.
     """
     planned = plan.input_size if plan and plan.input_size else []
-    if len(planned) == 1 and length not in (None, *planned):
+    fixed = plan is not None and not all(site.causal for site in plan.patched)
+    if fixed and len(planned) == 1 and length not in (None, *planned):
         raise SbpatchError(f"{name} was calibrated at {planned[0]} tokens: calibrate again for a --length of {length}")
     loaded = load_checkpoint(name, checkpoint, input_size or length or (planned[-1] if planned else None))
     text = isinstance(loaded.preprocessing, TextPreprocessing)

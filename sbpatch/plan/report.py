@@ -125,6 +125,8 @@ def eval_table(result: Mapping[str, Any]) -> RenderableType:
         )  # fmt: skip
     meanings = " · ".join(meaning for _, _, meaning in quality.values() if meaning)
     size = f" of {result['length']} tokens" if "length" in result else ""
+    if "calibrated_length" in result:
+        size += f" (calibrated at {result['calibrated_length']}, the same share of the keys read)"
     last = " and its last position's logits" if "perplexity" in quality else ""
     if any(key not in v for v in result["variants"].values() for key in quality):
         meanings += " · -: eager runs on the first batches alone, for its time and memory"

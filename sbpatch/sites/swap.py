@@ -6,6 +6,7 @@ else of the model is copied or rewritten, and its state dict keeps its keys.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
@@ -42,11 +43,36 @@ def _patched_class(cls: Any) -> type[nn.Module]:
 
 
 class PatchedSite(nn.Module):
-    """What a patched site computes: checks that the call is the one it was calibrated for, then runs the layer."""
+    """What a patched site computes: checks that the call is the one it was calibrated for, then runs the layer.
+
+    A causal site that is called with sequences of 1.5 times the length it was calibrated for, or more, runs a layer that
+    reads the same share of the keys, by powers of two of the length (see `Part.longer`). Shorter ones run the layer as it is,
+    or exact attention where that reads fewer keys.
+    """
 
     def __init__(self, name: str, layer: Layer | PerHead) -> None:
         super().__init__()
         self.name, self.layer = name, layer
+        self._longer: dict[tuple[int, torch.device], Layer | PerHead] = {}
+
+    def layer_for(self, keys: int, device: torch.device) -> Layer | PerHead:
+        """The layer for a sequence of so many tokens, made when it is first asked for.
+
+        Raises:
+            SbpatchError: it would have to be made while the model is compiled or exported.
+        """
+        site = self.layer.site
+        if not site.causal or 2 * keys < 3 * site.tokens:
+            return self.layer
+        times = 2 ** round(math.log2(keys / site.tokens))
+        if (times, device) not in self._longer:
+            if torch.compiler.is_compiling():
+                raise SbpatchError(
+                    f"site '{self.name}' was calibrated at {site.tokens} tokens and is compiled with {keys}: run the model "
+                    "once at this length before, or calibrate with --length"
+                )
+            self._longer[times, device] = self.layer.longer(times).to(device)
+        return self._longer[times, device]
 
     def forward(self, call: Call) -> Tensor:
         site, queries, keys = self.layer.site, call.query.shape[-2], call.key.shape[-2]
@@ -64,7 +90,8 @@ class PatchedSite(nn.Module):
                 f"{f'dropout {call.dropout_p:g}' if call.dropout_p else f'{queries} queries and {keys} keys'}; leave it "
                 "exact (--exclude), or set its dropout to 0"
             )
-        if ((keys + 1) / 2 if site.causal else keys) <= self.layer.stored:
+        layer = self.layer_for(keys, call.query.device)
+        if ((keys + 1) / 2 if site.causal else keys) <= layer.stored:
             return call.exact()  # a row reads fewer keys than the layer would store for it
         try:
             call = call.plain(site.causal)
@@ -73,10 +100,10 @@ class PatchedSite(nn.Module):
         device = call.query.device.type
         q, k, v = call.query, call.key, call.value
         if not torch.is_autocast_enabled(device):
-            return self.layer(q, k, v, key_mask=call.key_mask, scale=call.scale)
+            return layer(q, k, v, key_mask=call.key_mask, scale=call.scale)
         kind = torch.get_autocast_dtype(device)  # inputs as autocast gives them to PyTorch's attention, sums in float32
         with torch.autocast(device, enabled=False):
-            return self.layer(q.to(kind), k.to(kind), v.to(kind), key_mask=call.key_mask, scale=call.scale)
+            return layer(q.to(kind), k.to(kind), v.to(kind), key_mask=call.key_mask, scale=call.scale)
 
 
 def _one_row(call: Call) -> bool:
