@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
+from .. import bounds
 from ..calibration.costs import CostTable, default_path
 from ..calibration.journal import Journal
 from ..calibration.stages import calibrate
@@ -30,7 +31,10 @@ from .flags import (  # fmt: skip
     Seed,
     Source,
     calibration_set,
+    check_places,
     input_batches,
+    integer,
+    number,
     open_model,
     out,
     progress_bars,
@@ -45,14 +49,19 @@ def calibrate_command(
     checkpoint: CheckpointFile = None,
     source: Source = None,
     data_dir: DataDir = None,
-    samples: Annotated[int, typer.Option("--samples", min=1)] = 32,
+    samples: Annotated[int, integer("--samples", most=bounds.SAMPLES)] = 32,
     budget: Annotated[
         float | None,
-        typer.Option("--budget", help="entries stored / entries of exact attention, over all sites it decides on"),
+        number("--budget", most=1e9, help="entries stored / entries of exact attention, over all sites it decides on"),
     ] = None,
     max_drop: Annotated[
         float | None,
-        typer.Option("--max-drop", help="in place of a budget: points of top-1, or percent of perplexity, it may cost"),
+        number(
+            "--max-drop",
+            least=-1e9,
+            most=1e9,
+            help="in place of a budget: points of top-1, or percent of perplexity, it may cost",
+        ),
     ] = None,
     objective: Annotated[Objective | None, typer.Option("--objective", help="what the budget is a share of")] = None,
     allocation: Annotated[
@@ -92,6 +101,8 @@ def calibrate_command(
     if budget is not None and max_drop is not None:
         raise typer.BadParameter("give a budget or a largest drop, not both", param_hint="--budget / --max-drop")
     settings = read_recipe(recipe)
+    read = (source or settings.data, data_dir, checkpoint, recipe, cost_table)
+    check_places(json_file, inputs=(model, *read), directory=None if dry_run else output)
     if not dry_run:
         artifact.check_output(output)
     loaded = open_model(model, checkpoint, input_size, length)

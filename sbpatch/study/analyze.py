@@ -10,7 +10,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -35,6 +34,7 @@ from ..progress import Progress, no_progress
 from ..sites.calls import Call
 from ..sites.find import Site, find_sites
 from ..sites.observe import Watcher, observed
+from ..writing import json_text, written_whole
 from . import analyze_plots
 from .analyze_plots import table as table  # the figures for the terminal
 from .entries import ENTRY_SAMPLES, Case, feature_estimates, process_case, single_entries, sized_layer
@@ -233,8 +233,8 @@ def check_output(directory: Path) -> None:
 def write(result: dict[str, Any], directory: Path) -> None:
     """analysis.json and the plots, all of them or what was there before. Refuses what `check_output` does."""
     check_output(directory)
-    with artifact.written_whole(directory) as fresh:
+    with written_whole(directory) as fresh:
         fresh.mkdir()
-        (fresh / JSON_FILE).write_text(json.dumps(result, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        (fresh / JSON_FILE).write_text(json_text(result), encoding="utf-8")
         for name, plot in analyze_plots.PLOTS.items():
             plot(result, fresh / name)
