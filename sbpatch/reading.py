@@ -70,7 +70,7 @@ def read_text(path: Path, what: str) -> str:
     except OSError as error:
         raise SbpatchError(f"{path} cannot be read: {system_reason(error)}") from None
     except UnicodeDecodeError as error:
-        raise SbpatchError(f"{path} is no {what}: it is not UTF-8 ({one_line(error)})") from None
+        raise SbpatchError(f"{path} is not a {what}: it is not UTF-8 ({one_line(error)})") from None
 
 
 def read_json(path: Path, what: str) -> Any:
@@ -83,4 +83,4 @@ def read_json(path: Path, what: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise SbpatchError(f"{path} is no {what}: {one_line(error)}") from None
+        raise SbpatchError(f"{path} is not a {what}: {one_line(error)}") from None

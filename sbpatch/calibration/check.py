@@ -14,14 +14,14 @@ from torch import Tensor, nn
 from ..data import batch
 from ..data.batch import Inputs
 from ..errors import SbpatchError
-from ..models.answers import embedding
+from ..models.answers import MOST_NLL, embedding
 from ..models.checkpoint import Answer
 from ..plan.patch import patch, unpatch
 from ..plan.plan import Plan
 from ..progress import Progress
 from ..sites.calls import Call
 from ..sites.fidelity import matrix_error, output_error
-from ..sites.observe import Watcher, observed
+from ..sites.observe import Watcher, check_finite, observed
 
 ROWS = 256  # of logits over a vocabulary that are compared at once
 MATRIX_SAMPLES = 4  # for the matrix error, which costs as much as exact attention in eager mode
@@ -45,11 +45,13 @@ class Check:
         totals = Totals(self.answer)
         for one in self.progress(batches, description):
             exact = batch.run(self.model, one)
+            check_finite(exact, "the model", "its answer")
             patch(self.model, plan)
             try:
                 found = batch.run(self.model, one)
             finally:
                 unpatch(self.model)
+            check_finite(found, "the patched model", "its answer")
             totals.add(found, exact, one)
         return totals.figures()
 
@@ -113,7 +115,7 @@ class Totals:
         agreement = 100 * self.agree / max(self.count, 1)
         figures = {"agreement": agreement, "divergence": mean, "drop": 100 - agreement}
         if self.answer == "next-token":
-            ratio = math.exp((self.nll[0] - self.nll[1]) / max(self.count, 1))
+            ratio = math.exp(min((self.nll[0] - self.nll[1]) / max(self.count, 1), MOST_NLL))
             figures |= {"perplexity_ratio": ratio, "drop": 100 * (ratio - 1)}
         elif self.margins:
             margin, shift = torch.cat(self.margins).double(), torch.cat(self.shifts).double()
@@ -175,7 +177,9 @@ def check_plan(plan: Plan, check: Check) -> None:
 
     def watcher(name: str) -> Watcher:
         def watch(call: Call, output: Tensor) -> None:
-            errors[name] += output_error(call.through(layers[name]), output, call.key_mask).double().sum(0).cpu()
+            error = output_error(call.through(layers[name]), output, call.key_mask)
+            check_finite(error, f"site '{name}'", "the error of its patch")
+            errors[name] += error.double().sum(0).cpu()
             for b in range(min(len(output), wanted - len(matrix[name]))):
                 q, k, v = (x[b : b + 1] for x in (call.query, call.key, call.value))
                 mask = None if call.key_mask is None else call.key_mask[b : b + 1]

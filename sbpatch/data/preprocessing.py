@@ -86,6 +86,12 @@ class Preprocessing:
         transform: Callable[[Image], Tensor] = create_transform(**asdict(self), is_training=False)
         return transform
 
+    def scale(self, width: int, height: int) -> float:
+        """By how much the transform resizes an image before it crops; 1 where it goes to the input's size at once."""
+        if self.crop_mode != "center":
+            return 1.0
+        return max(self.input_size[1:]) / self.crop_pct / max(1, min(width, height))
+
     def resized(self, pixels: int) -> Preprocessing:
         """The same for square inputs of another size."""
         return replace(self, input_size=(self.input_size[0], pixels, pixels))

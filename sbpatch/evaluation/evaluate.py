@@ -11,6 +11,7 @@ import multiprocessing
 import platform
 import statistics
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from multiprocessing.connection import Connection
@@ -25,7 +26,8 @@ from ..attention.masks import allowed
 from ..data.batch import Inputs, count, moved, run, samples
 from ..data.images import ImageSet
 from ..data.samples import Samples, batches
-from ..errors import SbpatchError
+from ..errors import SbpatchError, one_line, out_of_memory
+from ..interrupts import held_back
 from ..measure import elapsed_ms, peak_memory_bytes
 from ..models.answers import Kept, Scores, kept
 from ..models.checkpoint import Answer, Checkpoint
@@ -154,15 +156,30 @@ def _worker(pipe: Connection, subject: Subject, variant: str) -> None:
                     output, ms = elapsed_ms(partial(run, model, x), device)
                     pipe.send((kept(subject.answer, output, x, torch.from_numpy(labels)), ms))
                     del output  # before the next forward: a window's logits are hundreds of megabytes
+    except (EOFError, ConnectionError):
+        return  # the parent was killed
     except SbpatchError as error:
         pipe.send(error)
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
+        pipe.send(
+            SbpatchError(f"variant '{variant}': {one_line(error)}; try a smaller --batch-size or shorter samples")
+        )
+
+
+def _send(pipe: Connection, request: Any) -> None:
+    with suppress(BrokenPipeError):  # the process has ended: what it had to say is there to be received
+        pipe.send(request)
 
 
 def _receive(pipe: Connection, variant: str) -> Any:
     try:
         answer = pipe.recv()
     except EOFError as error:
-        raise SbpatchError(f"the process of variant '{variant}' ended early; its message stands above") from error
+        raise SbpatchError(
+            f"the process of variant '{variant}' ended early: its message stands above, or the system took it for its memory"
+        ) from error
     if isinstance(answer, SbpatchError):
         raise answer
     return answer
@@ -192,7 +209,8 @@ def evaluate(
     for variant in variants:
         pipes[variant], theirs = context.Pipe()
         process = context.Process(target=_worker, args=(theirs, subject, variant), daemon=True)
-        process.start()
+        with held_back():
+            process.start()
         theirs.close()
         processes.append(process)
     totals = {variant: Totals() for variant in variants}
@@ -207,9 +225,9 @@ def evaluate(
             running = list(pipes)
             for variant in running[number % len(running) :] + running[: number % len(running)]:  # nobody always first
                 if number == 0:
-                    pipes[variant].send(("memory", inputs, labels))
+                    _send(pipes[variant], ("memory", inputs, labels))
                     totals[variant].peak_memory = _receive(pipes[variant], variant)
-                pipes[variant].send(("batch", inputs, labels))
+                _send(pipes[variant], ("batch", inputs, labels))
                 found[variant], ms = _receive(pipes[variant], variant)
                 totals[variant].ms.append(ms)
             for variant in running:
@@ -217,10 +235,13 @@ def evaluate(
                 totals[variant].scores.add(found[variant], found["sdpa"])
         for pipe in pipes.values():
             pipe.send(None)
-    finally:
         for process in processes:
             process.join(timeout=1)
-            process.terminate()
+    finally:
+        for process in processes:
+            process.kill()  # it holds nothing that is not ours to lose
+        for process in processes:
+            process.join()
     return {variant: totals[variant].figures(batch_size) for variant in variants}
 
 

@@ -15,6 +15,7 @@ from ..errors import SbpatchError
 from .checkpoint import Answer
 
 POSITIONS = 256  # of logits over a vocabulary that are looked at together: whole windows would be copied
+MOST_NLL = 700.0  # nats a token: exp of more is no number
 Kept = Mapping[str, np.ndarray]
 
 
@@ -114,5 +115,7 @@ class Scores:
         means = {name: self.sums[name] / count for name, count in self.counts.items() if count}
         figures: dict[str, float] = {n: 100 * means[n] for n in ("top1", "top5", "agreement") if n in means}
         if "nll" in means:
+            if means["nll"] > MOST_NLL:
+                raise SbpatchError(f"a perplexity of exp({means['nll']:.4g}): the model predicts nothing of this text")
             figures["perplexity"] = float(np.exp(means["nll"]))
         return figures | ({"cosine": means["cosine"]} if "cosine" in means else {})

@@ -33,7 +33,7 @@ from ..plan.plan import versions
 from ..progress import Progress, no_progress
 from ..sites.calls import Call
 from ..sites.find import Site, find_sites
-from ..sites.observe import Watcher, observed
+from ..sites.observe import Watcher, check_finite, observed
 from ..writing import json_text, written_whole
 from . import analyze_plots
 from .analyze_plots import table as table  # the figures for the terminal
@@ -43,6 +43,7 @@ from .oracles import SHARE, SPLITS, both_parts, process_sweep, pure_errors, rank
 JSON_FILE = "analysis.json"
 TOKENS = 512  # a longer site is read at that many evenly spaced tokens, as queries and as keys
 SAMPLES, MATRICES = 8, 144  # a head, and in all: a model with many heads is read on fewer samples, then at fewer heads
+LEAST = 1e-12  # an error that counts as none in a ratio
 METHODS = ("lsh+favor", "window+favor", "lsh+clusters")
 PAIRS = (
     ("sparse_error", "low_rank_error"),
@@ -134,6 +135,7 @@ def _point(site: Site, head: int, sample: int, calls: list[Call], seed: int) -> 
     q, k, v, geometry = _head(site, head, calls[sample])
     scale, n = calls[sample].softmax_scale, geometry.tokens
     matrix = exact_matrix(q, k, scale, geometry.causal)[0, 0]
+    check_finite(matrix, f"site '{site.name}'", "its attention matrix")
     rank = rank_for(n, n, SHARE)
     entropy = float(-torch.xlogy(matrix, matrix).sum(-1).mean())
 
@@ -156,7 +158,7 @@ def _point(site: Site, head: int, sample: int, calls: list[Call], seed: int) -> 
             layers[method] = {"error": best[0], "split": best[1], "stored": best[2].stored, "ms": min(times)}
     return {
         "site": site.name, "head": head, "sample": sample, "tokens": n, "rank": rank, "entropy": entropy,
-        "entropy_ratio": entropy / math.log(n), **pure_errors(matrix, rank), "robust_pca_error": error,
+        "entropy_ratio": entropy / math.log(max(n, 2)), **pure_errors(matrix, rank), "robust_pca_error": error,
         "robust_pca_split": split, "robust_pca_ms": ms, "scatterbrain": layers,
     }  # fmt: skip
 
@@ -193,7 +195,7 @@ def against_robust_pca(points: Sequence[Mapping[str, Any]]) -> dict[str, dict[st
                 "matrices": len(rows),
                 "error": fmean(s["error"] for s, _ in rows),
                 "robust_pca_error": fmean(p["robust_pca_error"] for _, p in rows),
-                "median_error_ratio": median(s["error"] / p["robust_pca_error"] for s, p in rows),
+                "median_error_ratio": median(s["error"] / max(p["robust_pca_error"], LEAST) for s, p in rows),
                 "within_20_percent": fmean(s["error"] <= 1.2 * p["robust_pca_error"] for s, p in rows),
                 "ms": fmean(s["ms"] for s, _ in rows),
                 "robust_pca_ms": fmean(p["robust_pca_ms"] for _, p in rows),
