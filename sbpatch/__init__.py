@@ -5,6 +5,11 @@ sbpatch.patch(model, plan)      # in place; sbpatch.unpatch(model) takes it back
 model = sbpatch.load("patched/")
 """
 
+# ruff: noqa: E402
+from .interrupts import end_at_once
+
+end_at_once()  # the imports take seconds
+
 from .calibration.stages import calibrate
 from .errors import SbpatchError
 from .plan.patch import load, patch, unpatch

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -90,3 +91,10 @@ def peak_memory_bytes(work: Callable[[], Any], device: torch.device) -> int:
         held += change
         peak = max(peak, held)
     return peak
+
+
+def device_name(device: str) -> str:
+    """A device as figures state it: the GPU's name, or the CPU with its threads."""
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name()
+    return f"cpu ({platform.machine()}, {torch.get_num_threads()} threads)"

@@ -19,6 +19,7 @@ from sbpatch.data.batch import run
 from sbpatch.models.load import load_checkpoint
 from sbpatch.plan import artifact
 from sbpatch.plan.plan import PLAN_FILE
+from sbpatch.writing import written_whole
 
 FILES = ["README.md", "config.json", "model.safetensors", "report.png", "sbpatch.json", "sbpatch.safetensors"]
 
@@ -46,7 +47,7 @@ def write_files(folder: Path) -> None:
 
 
 def test_new_directory_takes_the_place_of_the_old_one(old, tmp_path):
-    with artifact.written_whole(old) as fresh:
+    with written_whole(old) as fresh:
         write_files(fresh)
         assert contents(old)[PLAN_FILE] == b"old plan"  # until the end
     assert contents(tmp_path) == {f"out/{PLAN_FILE}": b"new plan"}
@@ -55,7 +56,7 @@ def test_new_directory_takes_the_place_of_the_old_one(old, tmp_path):
 def test_files_too(tmp_path):
     target = tmp_path / "result.json"
     for text in ("first", "second"):
-        with artifact.written_whole(target) as fresh:
+        with written_whole(target) as fresh:
             fresh.write_text(text)
         assert contents(tmp_path) == {"result.json": text.encode()}
 
@@ -65,7 +66,7 @@ def test_exception_leaves_the_old_one_and_nothing_else(old, tmp_path, error):
     before = contents(tmp_path)
 
     def fails(target: Path) -> None:
-        with artifact.written_whole(target) as fresh:
+        with written_whole(target) as fresh:
             write_files(fresh)
             raise error
 
@@ -79,7 +80,7 @@ def test_exception_leaves_the_old_one_and_nothing_else(old, tmp_path, error):
 KILLED = """
 import sys, time
 from pathlib import Path
-from sbpatch.plan.artifact import written_whole
+from sbpatch.writing import written_whole
 with written_whole(Path(sys.argv[1])) as fresh:
     fresh.mkdir()
     (fresh / "sbpatch.json").write_text("half")

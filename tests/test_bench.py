@@ -306,7 +306,6 @@ def test_command_on_text_models(place: Path, model: str) -> None:
     [
         (["--lengths", "12,x"], "not positive numbers"),
         (["--methods", "auto,lhs"], "unknown attention method 'lhs'"),
-        (["--budget", "3"], "not a share"),
         (["--site", "x", "--data", "demo"], "--data, --site without a MODEL"),
         (["t2t-vit-demo", "--causal"], "--causal with a MODEL"),
         (["t2t-vit-demo", "--lengths", "1000"], "give --input-size, not --lengths"),

@@ -358,11 +358,11 @@ def test_fixed_settings_are_taken_as_they_are():
         ({"method": "window"}, "window"),
         ({"method": "window", "window": 0}, "at least 1"),
         ({"method": "window+clusters", "window": 3}, "rank"),
-        ({"method": "clusters", "rank": 200}, "cannot be met"),
+        ({"method": "clusters", "rank": 200}, "it must be from 0 to 64"),
     ],
 )
 def test_fixed_settings_that_cannot_be(setting, said):
-    assert said in refused(calibrate, t2t(), BATCHES, budget=0.2, fixed={"*": SiteSetting(**setting)})
+    assert said in refused(lambda: calibrate(t2t(), BATCHES, budget=0.2, fixed={"*": SiteSetting(**setting)}))
 
 
 # ---- refusals

@@ -126,7 +126,7 @@ def test_a_cut_calibration_goes_on_and_ends_the_same(tmp_path):
         calibrate(t2t(), BATCHES, budget=0.1, min_tokens=64, journal=Journal(path, "a"), progress=cut_off)
     lines = path.read_text().splitlines()
     assert len(lines) == 4  # the settings, the first look, the closer one, one batch of the rest
-    path.write_text("\n".join(lines) + '\n{"comparing the best 1": {"to')  # killed while it wrote
+    path.write_text("\n".join(lines) + '\n01234567 {"comparing the best 1": {"to')  # killed while it wrote
     journal = Journal(path, "a")
     assert len(journal.found) == 3
     assert calibrate(t2t(), BATCHES, budget=0.1, min_tokens=64, journal=journal).to_json() == whole.to_json()
@@ -136,10 +136,35 @@ def test_a_cut_calibration_goes_on_and_ends_the_same(tmp_path):
 
 def test_a_journal_of_other_settings_is_begun_anew(tmp_path):
     path = tmp_path / "journal"
-    path.write_text('"a"\n{"x": 1}\n')
-    assert Journal(path, "a").found == {"x": 1}
+    first = Journal(path, "a")
+    first.record("x", {})
+    assert Journal(path, "a").found == {"x": {}}
     assert Journal(path, "b").found == {}
-    assert path.read_text() == '"b"\n'
+    assert path.read_text().count("\n") == 1
+    assert path.read_text().endswith('"b"\n')
+
+
+@pytest.mark.parametrize("damage", [b"", b"\0" * 40, b"junk\n", b'00000000 "a"\n'])
+def test_a_damaged_journal_is_begun_anew_and_says_so(tmp_path, damage):
+    path = tmp_path / "journal"
+    Journal(path, "a").record("x", {})
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-6] + b"?" + whole[-5:] if not damage else whole + damage + b"\n")
+    journal = Journal(path, "a")
+    assert journal.found == {}
+    assert "damaged" in journal.note
+    assert path.read_bytes().count(b"\n") == 1
+
+
+def test_a_journal_is_not_followed_through_a_link(tmp_path):
+    (tmp_path / "precious").write_text("years of work")
+    (tmp_path / "journal").symlink_to("precious")
+    journal = Journal(tmp_path / "journal", "a")
+    assert "was a link" in journal.note
+    journal.close()
+    assert (tmp_path / "precious").read_text() == "years of work"
+    (tmp_path / "journal").mkdir()
+    assert "Is a directory" in refused(Journal, tmp_path / "journal", "a")
 
 
 # ---- objectives and rules

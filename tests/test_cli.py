@@ -287,7 +287,9 @@ def test_text_models_from_calibration_to_evaluation(texts, capsys, model, figure
 def test_a_causal_plan_at_four_times_its_length(texts, capsys):
     """The share of the keys stays; an encoder's plan, which no rule scales, is refused."""
     at = ["--data", "text.txt", "--samples", "2", "--quiet", "--length", "128", "--recipe"]
-    Path("blocks.yaml").write_text("budget: 0.7\nsites: {'*': {method: blocks, near: 16, block: 16, blocks: 1, tile: 16}}")
+    Path("blocks.yaml").write_text(
+        "budget: 0.7\nsites: {'*': {method: blocks, near: 16, block: 16, blocks: 1, tile: 16}}"
+    )
     Path("window.yaml").write_text("budget: 0.7\nsites: {'*': {method: window, window: 31}}")
     assert command("calibrate", "llama", *at, "blocks.yaml") == 0
     assert command("eval", "--dataset", "text.txt", "--length", "512", "--limit", "2", "--json", "eval.json") == 0

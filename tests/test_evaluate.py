@@ -19,15 +19,13 @@ from sbpatch.data.samples import batches
 from sbpatch.data.texts import Text
 from sbpatch.data.tokens import passages, windows
 from sbpatch.errors import SbpatchError
+from sbpatch.evaluation.accounting import affordable, attention_memory_bytes, exact_sites
 from sbpatch.evaluation.evaluate import (
     Subject,
     Totals,
-    affordable,
     as_generation_starts,
-    attention_memory_bytes,
     check_classes,
     eager_attention,
-    exact_sites,
 )
 from sbpatch.models.answers import Scores, kept
 from sbpatch.sites.calls import Call

@@ -8,9 +8,18 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "sbpatch"
 PAGE = ROOT / "docs" / "how-it-works.md"
-SHARED = {"version", "errors", "progress", "measure"}  # small modules that any package may use
-ORDER = ["version", "errors", "progress", "measure", "attention", "data", "models", "sites", "plan"]
-ORDER += ["calibration", "evaluation", "study", "cli"]
+SHARED = {
+    "version",
+    "errors",
+    "interrupts",
+    "bounds",
+    "reading",
+    "writing",
+    "progress",
+    "measure",
+}  # small modules that any package may use
+ORDER = ["version", "errors", "interrupts", "bounds", "reading", "writing", "progress", "measure"]
+ORDER += ["attention", "data", "models", "sites", "plan", "calibration", "evaluation", "study", "cli"]
 
 
 def modules() -> dict[str, ast.Module]:

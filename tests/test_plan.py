@@ -30,7 +30,7 @@ optional = {
     "method": st.sampled_from(["window", "lsh+clusters"]),
     "seed": st.integers(0, 2**60),
     "rank": st.integers(0, 999),
-    "nnz": finite,
+    "nnz": st.floats(0, 1e9),
     "budget": share,
     "matrix_error": finite,
     "output_error": finite,

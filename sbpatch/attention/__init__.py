@@ -28,6 +28,6 @@ from . import (  # noqa: F401  each registers its parts
     window,
 )
 from .registry import PARTS, Geometry, parse_method, register
-from .scatterbrain import Scatterbrain
+from .scatterbrain import Scatterbrain, check_parameters
 
-__all__ = ["PARTS", "Geometry", "Scatterbrain", "parse_method", "register"]
+__all__ = ["PARTS", "Geometry", "Scatterbrain", "check_parameters", "parse_method", "register"]

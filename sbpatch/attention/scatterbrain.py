@@ -9,12 +9,13 @@ head, which calibration learns: points, for one, always weigh less than their ke
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
+from ..bounds import STEPS, TOKENS, whole
 from ..errors import SbpatchError
 from . import pairwise
 from .attend import attend
@@ -58,7 +59,7 @@ class Scatterbrain(nn.Module):
         if name is None:
             return None
         part = PARTS[name]
-        accepted = list(inspect.signature(part).parameters.values())[2:]  # after site and seed
+        accepted = _accepted(part)
         missing = [p.name for p in accepted if p.default is p.empty and p.name not in parameters]
         if missing:
             raise SbpatchError(f"method part '{name}' needs a value for {', '.join(missing)}")
@@ -139,3 +140,26 @@ class Scatterbrain(nn.Module):
         k, v = (with_heads(x, self.key_heads) for x in (k, v))
         selection = self._select(q, k, v, key_mask, scale, joined=True)
         return pairwise.split(q, k, v, selection, scale, key_mask, self.site.causal, self.naive)
+
+
+REPEATED = {"steps", "rounds", "power"}  # parameters that say how often something is done
+SMALL = 1024  # what any other parameter may be: blocks and tiles may be larger than a short site
+
+
+def _accepted(part: type[Part]) -> list[inspect.Parameter]:
+    return list(inspect.signature(part).parameters.values())[2:]  # after site and seed
+
+
+def check_parameters(method: str, parameters: Mapping[str, object], site: Geometry | None = None) -> None:
+    """Refuse parameters from a file that are not the method's own or out of bounds: a rank is at most n.
+
+    Raises:
+        SbpatchError: one is; the line names it.
+    """
+    known = {p.name for name in parse_method(method) if name is not None for p in _accepted(PARTS[name])}
+    tokens = TOKENS if site is None else site.tokens
+    for name, value in parameters.items():
+        if name not in known:
+            raise SbpatchError(f"method '{method}' takes no parameter '{name}'")
+        most = STEPS if name in REPEATED else tokens if name == "rank" else max(tokens, SMALL)
+        whole(value, f"{name} of '{method}'", 0, most)

@@ -6,6 +6,8 @@ import heapq
 import math
 from collections.abc import Sequence
 
+from ..errors import SbpatchError
+
 Curve = Sequence[tuple[float, float]]  # (cost, damage) of each choice
 
 
@@ -14,7 +16,12 @@ def allocate(curves: Sequence[Curve], limit: float) -> list[int] | None:
 
     From the cheapest choices on, always the step that lowers the damage most per cost. On each curve that walks along its
     convex hull, which is the optimum of the relaxed problem; at the limit, smaller steps that still fit are taken.
+
+    Raises:
+        SbpatchError: a number is not finite: nothing below would end.
     """
+    if not all(math.isfinite(x) for curve in curves for choice in curve for x in choice) or not math.isfinite(limit):
+        raise SbpatchError("a cost or a damage is not a finite number: no budget can be shared out over it")
     chosen = [min(range(len(curve)), key=lambda j: (curve[j][0], curve[j][1])) for curve in curves]
     spent = sum(curve[j][0] for curve, j in zip(curves, chosen, strict=True))
     if spent > limit * (1 + 1e-9):

@@ -59,6 +59,11 @@ class Candidate:
         return GAINS if self.joined and isinstance(self.layer, Scatterbrain) and self.layer.gain is not None else (0.0,)
 
     @property
+    def sums(self) -> Tensor:
+        """All sums, (3, gains, H)."""
+        return torch.stack((self.error_sum, self.damage_sum, self.together_sum))
+
+    @property
     def best(self) -> Tensor:
         """Index of each head's gain of least damage, (1, H)."""
         return self.damage_sum.argmin(0, keepdim=True)

@@ -14,14 +14,14 @@ from torch import Tensor, nn
 from ..data import batch
 from ..data.batch import Inputs
 from ..errors import SbpatchError
-from ..models.answers import embedding
+from ..models.answers import MOST_NLL, embedding
 from ..models.checkpoint import Answer
 from ..plan.patch import patch, unpatch
 from ..plan.plan import Plan
 from ..progress import Progress
 from ..sites.calls import Call
 from ..sites.fidelity import matrix_error, output_error
-from ..sites.observe import Watcher, observed
+from ..sites.observe import Watcher, check_finite, observed
 
 ROWS = 256  # of logits over a vocabulary that are compared at once
 KEPT = 1 << 20  # numbers in the exact model's answer to a batch, up to which it is kept
@@ -57,6 +57,7 @@ class Check:
         if known is not None:
             return known
         found = batch.run(self.model, one)
+        check_finite(found, "the model", "its answer")
         if found.numel() <= KEPT:
             self._answers[id(one)] = found
         return found
@@ -65,9 +66,11 @@ class Check:
         """The model's answer under a plan."""
         patch(self.model, plan)
         try:
-            return batch.run(self.model, one)
+            found = batch.run(self.model, one)
         finally:
             unpatch(self.model)
+        check_finite(found, "the patched model", "its answer")
+        return found
 
 
 @dataclass
@@ -129,7 +132,7 @@ class Totals:
         agreement = 100 * self.agree / max(self.count, 1)
         figures = {"agreement": agreement, "divergence": mean, "drop": 100 - agreement}
         if self.answer == "next-token":
-            ratio = math.exp((self.nll[0] - self.nll[1]) / max(self.count, 1))
+            ratio = math.exp(min((self.nll[0] - self.nll[1]) / max(self.count, 1), MOST_NLL))
             figures |= {"perplexity_ratio": ratio, "drop": 100 * (ratio - 1)}
         elif self.margins:
             margin, shift = torch.cat(self.margins).double(), torch.cat(self.shifts).double()
@@ -192,7 +195,9 @@ def check_plan(plan: Plan, check: Check) -> None:
 
     def watcher(name: str) -> Watcher:
         def watch(call: Call, output: Tensor) -> None:
-            errors[name] += output_error(call.through(layers[name]), output, call.key_mask).double().sum(0).cpu()
+            error = output_error(call.through(layers[name]), output, call.key_mask)
+            check_finite(error, f"site '{name}'", "the error of its patch")
+            errors[name] += error.double().sum(0).cpu()
             for b in range(min(len(output), wanted - len(matrix[name]))):
                 q, k, v = (x[b : b + 1] for x in (call.query, call.key, call.value))
                 mask = None if call.key_mask is None else call.key_mask[b : b + 1]

@@ -19,9 +19,11 @@ from torch import Tensor
 
 from ..attention import PARTS, Geometry, Scatterbrain
 from ..attention.per_head import Exact, Layer
-from ..errors import SbpatchError
+from ..errors import SbpatchError, one_line, system_reason
 from ..measure import elapsed_ms, without_launches
+from ..reading import read_json
 from ..version import __version__
+from ..writing import check_target, written_whole
 
 REPEATS = 5
 ROWS = 1 << 15  # query rows of all heads in a timed call, at most; 8 samples at most
@@ -45,10 +47,12 @@ class CostTable:
         try:
             if path is None or not path.exists():
                 return
-            found = json.loads(path.read_text(encoding="utf-8"))
+            found = read_json(path, "cost table")
             self.rows = {str(key): float(ms) for key, ms in found["ms"].items()}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise SbpatchError(f"{path} is not a cost table: remove it, or name another by --cost-table") from error
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, SbpatchError) as error:
+            raise SbpatchError(
+                f"{path} is not a cost table ({one_line(error)}): remove it, or name another by --cost-table"
+            ) from None
         if any(not 0 < ms < float("inf") for ms in self.rows.values()):
             raise SbpatchError(
                 f"cost table {path} has times that are not positive numbers: remove it and measure again"
@@ -106,15 +110,14 @@ class CostTable:
     def _write(self) -> None:
         if self.path is None:
             return
-        fresh = self.path.with_name(f".{self.path.name}.{os.getpid()}")
         rows = {"ms": dict(sorted(self.rows.items()))}
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            fresh.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-            fresh.replace(self.path)
-        except OSError as error:
+            with written_whole(check_target(self.path), sync=False) as fresh:
+                fresh.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+        except (OSError, SbpatchError) as error:
             raise SbpatchError(
-                f"cannot write the cost table {self.path}: {error.strerror}; name another by --cost-table"
+                f"cannot write the cost table {self.path}: {system_reason(error)}; name another by --cost-table"
             ) from error
 
 

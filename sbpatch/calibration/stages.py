@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..attention import parse_method
+from ..attention import check_parameters, parse_method
 from ..data import batch
 from ..data.batch import Inputs
 from ..errors import SbpatchError
@@ -251,6 +251,7 @@ def _candidates(
         seed = site_seed(plan.seed, i)
         setting = next((s for pattern, s in fixed.items() if fnmatch(site.name, pattern)), None)
         if setting is not None:
+            check_parameters(setting.method, setting.parameters, site.geometry)
             layer = built(setting.method, site, seed, moments.get(site.name), **setting.parameters).to(device)
             found[site.name] = [Candidate(layer, None if costs is None else costs.ms(layer))]
             continue

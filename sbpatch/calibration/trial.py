@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..data import batch
@@ -15,7 +16,7 @@ from ..plan.plan import Plan, SitePlan
 from ..progress import Progress
 from ..sites.calls import Call
 from ..sites.fidelity import head_profile, second_moments
-from ..sites.observe import Watcher, in_plain_form, observed
+from ..sites.observe import Watcher, check_finite, in_plain_form, observed
 from .candidates import Candidate
 from .journal import Journal
 from .sensitivity import with_gradients
@@ -40,10 +41,12 @@ class Trial:
         def watcher(site: SitePlan) -> Watcher:
             def watch(call: Call, output: Tensor) -> None:
                 for figure, values in head_profile(call).items():
+                    check_finite(values, f"site '{site.name}'", figure.replace("_", " "))
                     total = values.double().sum(0).cpu()
                     totals[site.name][figure] = totals[site.name].get(figure, 0) + total
                 if site.decision == "patch" and not site.causal:
                     seen = tuple(x.sum(0).cpu() / count for x in second_moments(call))
+                    check_finite(torch.stack(seen), f"site '{site.name}'", "the second moment of its queries and keys")
                     before = moments.get(site.name, (0, 0))
                     moments[site.name] = (before[0] + seen[0], before[1] + seen[1])
 
@@ -60,7 +63,7 @@ class Trial:
             for figure, total in totals[site.name].items():
                 setattr(site, figure, (total / count).tolist())
             assert site.entropy is not None
-            site.entropy_ratio = sum(site.entropy) / site.heads / math.log(site.tokens)
+            site.entropy_ratio = sum(site.entropy) / site.heads / math.log(max(site.tokens, 2))
         return moments
 
     def measure(self, candidates: Mapping[str, list[Candidate]], batches: Sequence[Inputs], description: str) -> None:
@@ -74,6 +77,10 @@ class Trial:
             seen = with_gradients(self.model, names, one, self.answer, self.plan.seed * 1000 + number)
             while seen:  # what a site no longer needs is freed before the next one
                 name, (call, output, gradient) = seen.popitem()
+                site, plain = f"site '{name}'", in_plain_form(call, name, causal[name])
+                check_finite(output, site, "its attention's output")
+                check_finite(gradient, site, "the gradient of the model's answer there")
                 for candidate in candidates[name]:
-                    candidate.observe(in_plain_form(call, name, causal[name]), output, gradient)
+                    candidate.observe(plain, output, gradient)
+                    check_finite(candidate.sums, site, f"the error of {candidate.name}")
             self.journal.record(key, candidates)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
 
+from .. import bounds
 from ..study import analyze
+from ..writing import json_text
 from .flags import (  # fmt: skip
     CheckpointFile,
     DataDir,
@@ -21,7 +22,9 @@ from .flags import (  # fmt: skip
     Quiet,
     Seed,
     Source,
+    check_places,
     input_batches,
+    integer,
     open_model,
     out,
     progress_bars,
@@ -33,7 +36,7 @@ from .flags import (  # fmt: skip
 def analyze_command(
     model: Model,
     output: Annotated[Path, typer.Option("-o", "--output", help="directory for the plots and analysis.json")],
-    samples: Annotated[int, typer.Option("--samples", min=1)] = 8,
+    samples: Annotated[int, integer("--samples", most=bounds.SAMPLES)] = 8,
     length: Length = None,
     source: Source = None,
     data_dir: DataDir = None,
@@ -45,6 +48,7 @@ def analyze_command(
 ) -> None:
     """What sparse, low-rank and robust PCA leave of every head's attention, against its entropy; plots and correlations."""
     analyze.check_output(output)
+    check_places(json_file, inputs=(model, source, data_dir, checkpoint), directory=output)
     loaded = open_model(model, checkpoint, length=length)
     data = unpadded_set(loaded, source, samples, seed, data_dir)
     where = device.resolve()
@@ -55,4 +59,4 @@ def analyze_command(
     if not quiet:
         out.print(analyze.table(result))
         out.print(f"written to {output}: {', '.join(sorted(p.name for p in output.iterdir()))}")
-    write_json(json_file, json.dumps(result, indent=2) + "\n")
+    write_json(json_file, json_text(result))

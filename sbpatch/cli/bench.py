@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,15 +9,16 @@ from typing import Annotated, Any
 import torch
 import typer
 
+from .. import bounds
 from ..data.batch import Inputs, moved
 from ..data.samples import batches
 from ..errors import SbpatchError
-from ..evaluation import evaluate
+from ..measure import device_name
 from ..models.checkpoint import Checkpoint
-from ..plan import artifact
 from ..plan.plan import versions
 from ..study import bench, bench_model, bench_report
 from ..study.bench_model import at_length
+from ..writing import json_text
 from .flags import (  # fmt: skip
     CheckpointFile,
     DataDir,
@@ -31,12 +31,15 @@ from .flags import (  # fmt: skip
     Quiet,
     Seed,
     Source,
-    json_place,
+    check_places,
+    integer,
+    number,
     open_model,
     out,
     progress_bars,
     unpadded_set,
     write_json,
+    write_plot,
 )
 
 
@@ -55,10 +58,10 @@ def bench_command(
     methods: Annotated[
         str | None, typer.Option("--methods", help="comma-separated, as compare takes them; default: a few, and auto")
     ] = None,
-    budget: Annotated[float, typer.Option("--budget", help="entries stored / entries of exact attention")] = 0.03,
-    heads: Annotated[int | None, typer.Option("--heads", min=1, help="without MODEL; default: 4")] = None,
-    head_dim: Annotated[int | None, typer.Option("--head-dim", min=1, help="without MODEL; default: 64")] = None,
-    batch: Annotated[int, typer.Option("--batch", min=1, help="samples a call")] = 1,
+    budget: Annotated[float, number("--budget", most=1, help="entries stored / entries of exact attention")] = 0.03,
+    heads: Annotated[int | None, integer("--heads", most=bounds.HEADS, help="without MODEL; default: 4")] = None,
+    head_dim: Annotated[int | None, integer("--head-dim", most=bounds.WIDTH, help="without MODEL; default: 64")] = None,
+    batch: Annotated[int, integer("--batch", most=bounds.BATCH, help="samples a call")] = 1,
     causal: Annotated[bool, typer.Option("--causal", help="without MODEL")] = False,
     plot: Annotated[Path | None, typer.Option("--plot", help="write time against length as a PNG")] = None,
     device: DeviceFlag = Device.auto,
@@ -68,13 +71,13 @@ def bench_command(
     quiet: Quiet = False,
 ) -> None:
     """Time and memory of one attention call against eager and SDPA, by length (the paper's Figure 6)."""
-    json_place(plot)
+    check_places(json_file, plot, inputs=(model, source, data_dir, checkpoint))
     wanted = None if lengths is None else _lengths(lengths)
     names = [] if methods is None else [name.strip() for name in methods.split(",")]
     bench.check_settings(names, budget)
     where, kind = device.resolve(), getattr(torch, dtype.value)
     options: dict[str, Any] = {"budget": budget, "seed": seed, "progress": progress_bars(quiet)}
-    settings = {"device": evaluate.device_name(where), "dtype": dtype.value, "versions": versions()}
+    settings = {"device": device_name(where), "dtype": dtype.value, "versions": versions()}
     replayed = ", replays of CUDA graphs" if where == "cuda" else ""
     if model is None:
         _refuse_without_model(source, data_dir, checkpoint, site, input_size)
@@ -90,16 +93,15 @@ def bench_command(
     title = f"{subject}, {settings['device']}, {dtype.value}{replayed}"
     if not quiet:
         out.print(bench_report.table(rows, title))
-    if plot is not None:
-        with artifact.written_whole(plot) as fresh:
-            bench_report.plot(rows, fresh, title)
-    write_json(json_file, json.dumps(settings | {"rows": rows}, indent=2) + "\n")
+    write_plot(plot, lambda fresh: bench_report.plot(rows, fresh, title))
+    write_json(json_file, json_text(settings | {"rows": rows}))
 
 
 def _lengths(text: str) -> list[int]:
-    if not all(part.strip().isdigit() and int(part) > 0 for part in text.split(",")):
-        raise SbpatchError(f"lengths '{text}' are not positive numbers such as 1024,4096")
-    return [int(part) for part in text.split(",")]
+    try:
+        return [bounds.integer_of(part, 1, bounds.TOKENS) for part in text.split(",")]
+    except ValueError as error:
+        raise SbpatchError(f"lengths '{text}' are not positive numbers such as 1024,4096: {error}") from None
 
 
 def _refuse_without_model(*given: object) -> None:

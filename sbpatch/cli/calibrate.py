@@ -9,12 +9,15 @@ from typing import Annotated, Any
 import torch
 import typer
 
+from .. import bounds
 from ..calibration.costs import CostTable, default_path
 from ..calibration.journal import Journal
 from ..calibration.stages import calibrate
+from ..errors import printable
 from ..plan import artifact, report
 from ..plan.plan import versions
 from ..plan.recipe import Allocation, Objective, read_recipe
+from ..writing import beside
 from .flags import (  # fmt: skip
     CheckpointFile,
     DataDir,
@@ -30,7 +33,11 @@ from .flags import (  # fmt: skip
     Seed,
     Source,
     calibration_set,
+    check_places,
+    err,
     input_batches,
+    integer,
+    number,
     open_model,
     out,
     progress_bars,
@@ -45,14 +52,19 @@ def calibrate_command(
     checkpoint: CheckpointFile = None,
     source: Source = None,
     data_dir: DataDir = None,
-    samples: Annotated[int, typer.Option("--samples", min=1)] = 32,
+    samples: Annotated[int, integer("--samples", most=bounds.SAMPLES)] = 32,
     budget: Annotated[
         float | None,
-        typer.Option("--budget", help="entries stored / entries of exact attention, over all sites it decides on"),
+        number("--budget", most=1e9, help="entries stored / entries of exact attention, over all sites it decides on"),
     ] = None,
     max_drop: Annotated[
         float | None,
-        typer.Option("--max-drop", help="in place of a budget: points of top-1, or percent of perplexity, it may cost"),
+        number(
+            "--max-drop",
+            least=-1e9,
+            most=1e9,
+            help="in place of a budget: points of top-1, or percent of perplexity, it may cost",
+        ),
     ] = None,
     objective: Annotated[Objective | None, typer.Option("--objective", help="what the budget is a share of")] = None,
     allocation: Annotated[
@@ -94,6 +106,8 @@ def calibrate_command(
     settings = read_recipe(recipe)
     if not dry_run:
         artifact.check_output(output)
+    read = (source or settings.data, data_dir, checkpoint, recipe, cost_table)
+    check_places(json_file, inputs=(model, *read), directory=None if dry_run else output)
     loaded = open_model(model, checkpoint, input_size, length)
     data = calibration_set(loaded, source or settings.data, samples, seed, data_dir)
     where, kind = device.resolve(), getattr(torch, dtype.value)
@@ -112,10 +126,12 @@ def calibrate_command(
     costs = CostTable(cost_table or default_path(), torch.device(where), kind)
     measured_on = (loaded.sha256, size_of(loaded), data.fingerprint(), where, dtype.value, versions())
     journal = Journal(
-        None if dry_run else output.absolute().with_name(f".{output.absolute().name}.calibrating"),
+        None if dry_run else beside(output, "calibrating"),
         json.dumps([options, settings.model_dump(mode="json")["sites"], *measured_on]),
     )
-    with journal.removed_on_refusal():
+    if journal.note:
+        err.print(journal.note, soft_wrap=True)
+    with journal.removed_at_the_end():
         plan = calibrate(
             loaded.model.to(where, kind),
             input_batches(loaded, data, where, kind),
@@ -124,21 +140,20 @@ def calibrate_command(
             fixed=settings.sites,
             costs=costs,
             refine=refine,
-            name=loaded.name,
+            name=printable(loaded.name),
             journal=journal,
             progress=progress_bars(quiet),
         )
-    plan.base_sha256, plan.input_size = loaded.sha256, size_of(loaded)
-    plan.data = {"source": data.name, "samples": len(data), "fingerprint": data.fingerprint()}
-    plan.device, plan.dtype = where, dtype.value
-    if not quiet:
-        out.print(report.plan_table(plan))
-    if not dry_run:
-        loaded.model.to("cpu", torch.float32)
-        artifact.save(output, loaded, plan)
-        journal.close()
+        plan.base_sha256, plan.input_size = loaded.sha256, size_of(loaded)
+        plan.data = {"source": printable(data.name), "samples": len(data), "fingerprint": data.fingerprint()}
+        plan.device, plan.dtype = where, dtype.value
         if not quiet:
-            out.print(
-                f"written to {output}: plan, weights, model card and report.png; next: sbpatch eval {output} --dataset NAME"
-            )
+            out.print(report.plan_table(plan))
+        if not dry_run:
+            loaded.model.to("cpu", torch.float32)
+            artifact.save(output, loaded, plan)
+    if not (dry_run or quiet):
+        out.print(
+            f"written to {output}: plan, weights, model card and report.png; next: sbpatch eval {output} --dataset NAME"
+        )
     write_json(json_file, plan.to_json())

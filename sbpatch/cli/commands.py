@@ -5,13 +5,17 @@ sbpatch calibrate t2t-vit-demo · sbpatch eval --dataset demo · sbpatch export
 
 from __future__ import annotations
 
+import os
 import sys
+import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Annotated
 
 import typer
 
-from ..errors import SbpatchError
+from ..errors import SbpatchError, one_line, out_of_memory, system_reason
+from ..interrupts import Stopped, raising
 from ..version import __version__
 from .analyze import analyze_command
 from .bench import bench_command
@@ -52,9 +56,48 @@ for name, command in COMMANDS.items():
 
 
 def main() -> None:
-    """Entry point: an SbpatchError is one line and exit code 1; wrong use is exit code 2 (by Typer)."""
+    """Entry point. Exit codes: 0 done; 1 refused or failed, one line; 2 wrong use, by Typer; 128 + a signal's number.
+
+    An exception that no one foresaw is one line too; with SBPATCH_DEBUG set it is shown whole.
+    """
     try:
-        app()
+        with raising(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of libraries: what is wrong is said by our own errors
+            app()
+    except SystemExit as done:
+        sys.exit(done.code if _flushed() else 1)
+    except Stopped as stopped:
+        _fail(str(stopped), stopped.code)
     except SbpatchError as error:
-        err.print(f"sbpatch: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
-        sys.exit(1)
+        _fail(str(error))
+    except Exception as error:
+        if os.environ.get("SBPATCH_DEBUG"):
+            raise
+        _fail(_unforeseen(error))
+
+
+def _unforeseen(error: Exception) -> str:
+    if out_of_memory(error):
+        return f"{one_line(error)}; ask for fewer or shorter samples, or a smaller batch"
+    if isinstance(error, OSError):
+        return f"{error.filename or 'the system'}: {system_reason(error)}"
+    said = f"{type(error).__name__}: {one_line(error)}"
+    return f"this should not have happened ({said}): set SBPATCH_DEBUG=1 to see where, and report it"
+
+
+def _fail(line: str, code: int = 1) -> None:
+    with suppress(OSError):  # nobody reads
+        err.print(f"sbpatch: {line}", style="red", markup=False, highlight=False, soft_wrap=True)
+    _flushed()
+    sys.exit(code)
+
+
+def _flushed() -> bool:
+    """Whether standard output took all; it is closed where it did not, or Python would report that as it ends."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        with suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return False
+    return True

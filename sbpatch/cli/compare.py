@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, get_args
 
 import torch
 import typer
 
+from .. import bounds
 from ..attention import parse_method
 from ..data.batch import moved
 from ..data.samples import batches
 from ..errors import SbpatchError
-from ..evaluation import evaluate
-from ..plan import artifact
+from ..measure import device_name
 from ..plan.plan import versions
 from ..plan.recipe import Allocation
 from ..study import compare
+from ..writing import json_text
 from .flags import (  # fmt: skip
     CheckpointFile,
     DataDir,
@@ -33,14 +33,16 @@ from .flags import (  # fmt: skip
     Seed,
     Source,
     calibration_set,
+    check_places,
     default_batch,
     evaluation_set,
     input_batches,
-    json_place,
+    integer,
     open_model,
     out,
     progress_bars,
     write_json,
+    write_plot,
 )
 
 ALLOCATIONS: tuple[Allocation, ...] = get_args(Allocation)
@@ -60,11 +62,11 @@ def compare_command(
             help=f"comma-separated, a row each: {', '.join(ALLOCATIONS)}, also with {compare.REFINED}; see calibrate",
         ),
     ] = None,
-    samples: Annotated[int, typer.Option("--samples", min=1, help="to calibrate and measure errors on")] = 8,
-    limit: Annotated[int | None, typer.Option("--limit", min=1, help="evaluate on that many samples")] = None,
+    samples: Annotated[int, integer("--samples", most=bounds.SAMPLES, help="to calibrate and measure errors on")] = 8,
+    limit: Annotated[int | None, integer("--limit", most=bounds.SAMPLES, help="evaluate on that many samples")] = None,
     length: Length = None,
     batch_size: Annotated[
-        int | None, typer.Option("--batch-size", min=1, help="default: 8, for causal models 1")
+        int | None, integer("--batch-size", most=bounds.BATCH, help="default: 8, for causal models 1")
     ] = None,
     plot: Annotated[
         Path | None, typer.Option("--plot", help="write error and agreement against budget as a PNG")
@@ -79,7 +81,7 @@ def compare_command(
     quiet: Quiet = False,
 ) -> None:
     """Methods side by side under one budget definition: accuracy, agreement, errors, time."""
-    json_place(plot)
+    check_places(json_file, plot, inputs=(model, dataset, source, data_dir, checkpoint))
     shares = [_share(text) for text in budgets.split(",")]
     names = [name.strip() for name in methods.split(",")]
     for name in names:
@@ -102,12 +104,10 @@ def compare_command(
         seed=seed,
         progress=progress_bars(quiet),
     )
-    title = f"{loaded.name} on {data.name}, {len(data)} samples, {evaluate.device_name(where)}, {dtype.value}"
+    title = f"{loaded.name} on {data.name}, {len(data)} samples, {device_name(where)}, {dtype.value}"
     if not quiet:
         out.print(compare.table(rows, title))
-    if plot is not None:
-        with artifact.written_whole(plot) as fresh:
-            compare.plot(rows, fresh, title)
+    write_plot(plot, lambda fresh: compare.plot(rows, fresh, title))
     settings = {
         "model": loaded.name,
         "dataset": data.name,
@@ -115,15 +115,15 @@ def compare_command(
         "batch_size": batch_size,
         "seed": seed,
     }
-    device_used = {"device": evaluate.device_name(where), "dtype": dtype.value, "versions": versions()}
-    write_json(json_file, json.dumps(settings | device_used | {"rows": rows}, indent=2) + "\n")
+    device_used = {"device": device_name(where), "dtype": dtype.value, "versions": versions()}
+    write_json(json_file, json_text(settings | device_used | {"rows": rows}))
 
 
 def _share(text: str) -> float:
     try:
-        return float(text)
-    except ValueError:
-        raise SbpatchError(f"budget '{text}' is not a number such as 0.03") from None
+        return bounds.number_of(text, 0, 1)
+    except ValueError as error:
+        raise SbpatchError(f"budget '{text}' is not a number such as 0.03: {error}") from None
 
 
 def _allocation(text: str) -> str:

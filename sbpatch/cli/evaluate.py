@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from .. import bounds
 from ..data.preprocessing import TextPreprocessing
-from ..evaluation import evaluate
+from ..evaluation import accounting, evaluate
+from ..measure import device_name
 from ..plan import report
 from ..plan.patch import read_plan
 from ..plan.plan import PLAN_FILE, versions
+from ..writing import json_text
 from .flags import (  # fmt: skip
     CheckpointFile,
     DataDir,
@@ -25,8 +27,10 @@ from .flags import (  # fmt: skip
     Length,
     Quiet,
     Seed,
+    check_places,
     default_batch,
     evaluation_set,
+    integer,
     open_model,
     out,
     progress_bars,
@@ -40,13 +44,15 @@ def eval_command(
         str, typer.Argument(metavar="[DIR|MODEL]", help="what calibrate wrote, or any MODEL")
     ] = "sbpatch-out",
     data_dir: DataDir = None,
-    limit: Annotated[int | None, typer.Option("--limit", min=1, help="that many samples, spread evenly")] = None,
+    limit: Annotated[
+        int | None, integer("--limit", most=bounds.SAMPLES, help="that many samples, spread evenly")
+    ] = None,
     length: Length = None,
     stride: Annotated[
-        int | None, typer.Option("--stride", min=1, help="tokens newly scored a window; default: all of them")
+        int | None, integer("--stride", most=bounds.TOKENS, help="tokens newly scored a window; default: all of them")
     ] = None,
     batch_size: Annotated[
-        int | None, typer.Option("--batch-size", min=1, help="default: 8, for causal models 1")
+        int | None, integer("--batch-size", most=bounds.BATCH, help="default: 8, for causal models 1")
     ] = None,
     checkpoint: CheckpointFile = None,
     device: DeviceFlag = Device.auto,
@@ -56,28 +62,29 @@ def eval_command(
     quiet: Quiet = False,
 ) -> None:
     """Accuracy or perplexity, agreement, time and memory of the model in eager mode, with SDPA, and patched, side by side."""
+    check_places(json_file, inputs=(model, dataset, data_dir, checkpoint))
     plan = read_plan(Path(model)) if model == "sbpatch-out" or (Path(model) / PLAN_FILE).is_file() else None
     loaded = open_model(model, checkpoint, length=length, plan=plan)
     data = evaluation_set(loaded, dataset, data_dir=data_dir, limit=limit, stride=stride)
     batch_size = batch_size or default_batch(loaded)
     subject = evaluate.Subject(model, checkpoint, loaded.answer, device.resolve(), dtype.value)
-    sites = plan.sites if plan else evaluate.exact_sites(loaded)
+    sites = plan.sites if plan else accounting.exact_sites(loaded)
     tokens = loaded.preprocessing.tokens if isinstance(loaded.preprocessing, TextPreprocessing) else None
     if tokens is not None:  # a causal plan may be run at another length, where it stores the same share
         sites = [site.model_copy(update={"tokens": tokens}) for site in sites]
     variants = evaluate.evaluate(
         subject, data, batch_size=batch_size, progress=progress_bars(quiet),
-        variants=evaluate.affordable(sites, tokens, batch_size, dtype.value),
+        variants=accounting.affordable(sites, tokens, batch_size, dtype.value),
     )  # fmt: skip
     for name, figures in variants.items():
-        figures["attention_memory_bytes"] = evaluate.attention_memory_bytes(sites, name, subject)
+        figures["attention_memory_bytes"] = accounting.attention_memory_bytes(sites, name, subject)
     result = {
         "model": plan.model if plan else loaded.name,
         "dataset": data.name,
         "samples": len(data),
         "batch_size": batch_size,
         "seed": plan.seed if plan else seed,
-        "device": evaluate.device_name(subject.device),
+        "device": device_name(subject.device),
         "dtype": dtype.value,
         "versions": versions(),
         "variants": variants,
@@ -88,4 +95,4 @@ def eval_command(
         result["calibrated_length"] = plan.input_size[0]
     if not quiet:
         out.print(report.eval_table(result))
-    write_json(json_file, json.dumps(result, indent=2) + "\n")
+    write_json(json_file, json_text(result))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
@@ -13,11 +12,13 @@ from ..data.samples import batches
 from ..evaluation import export
 from ..plan.patch import read_plan
 from ..plan.plan import versions
+from ..writing import json_text
 from .flags import (  # fmt: skip
     JsonFile,
     Quiet,
     Seed,
     calibration_set,
+    check_places,
     err,
     open_model,
     out,
@@ -36,11 +37,13 @@ def export_command(
     quiet: Quiet = False,
 ) -> None:
     """Export the patched model, run it in its own runtime, and print the largest difference to the model."""
+    target = output or export.default_path(directory, form)
+    whole = form is export.Format.safetensors
+    check_places(json_file, None if whole else target, inputs=(directory,), directory=target if whole else None)
     plan = read_plan(directory)
     loaded = open_model(str(directory), plan=plan)
     source = "demo" if plan.data.get("source") == "demo" else None
     inputs = next(batches(calibration_set(loaded, source, 3, seed), 3))[0]
-    target = output or export.default_path(directory, form)
     with err.status(f"exporting to {form.value}") if not quiet else nullcontext():
         difference = export.export(directory, form, target, inputs)
     if not quiet:
@@ -49,4 +52,4 @@ def export_command(
             f"written to {target} ({size:.1f} MB), run in {form.runtime}, largest difference of the logits {difference:.2e}"
         )
     result = {"path": str(target), "format": form.value, "runtime": form.runtime, "difference": difference}
-    write_json(json_file, json.dumps(result | {"versions": versions()}, indent=2) + "\n")
+    write_json(json_file, json_text(result | {"versions": versions()}))

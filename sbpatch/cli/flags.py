@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from enum import StrEnum
 from pathlib import Path
@@ -10,9 +9,9 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from rich.console import Console
 from rich.progress import track
 
+from .. import bounds
 from ..data import texts, tokens
 from ..data.batch import Inputs, moved
 from ..data.preprocessing import Preprocessing, TextPreprocessing
@@ -22,10 +21,13 @@ from ..errors import SbpatchError
 from ..evaluation.evaluate import check_classes
 from ..models.checkpoint import Checkpoint
 from ..models.load import DEMO, load_checkpoint
-from ..plan import artifact
 from ..plan.plan import Plan
-
-out, err = Console(), Console(stderr=True)
+from .results import check_places as check_places
+from .results import err as err
+from .results import json_place
+from .results import out as out
+from .results import write_json as write_json
+from .results import write_plot as write_plot
 
 
 class Device(StrEnum):
@@ -47,18 +49,38 @@ class Dtype(StrEnum):
     float16 = "float16"
 
 
-def json_place(path: Path | None) -> Path | None:
-    """Refuse a place that cannot be written to before any work is done."""
-    if path is not None and str(path) != "-" and (path.is_dir() or not path.absolute().parent.is_dir()):
-        raise SbpatchError(f"cannot write {path}: it is a directory, or its folder does not exist")
-    return path
+def integer(*names: str, least: int = 1, most: int, help: str | None = None) -> Any:
+    """A flag that takes an integer within bounds, in the digits 0 to 9; anything else is wrong use."""
+
+    def parse(text: str | int) -> int:
+        try:
+            return bounds.integer_of(str(text), least, most)
+        except ValueError as error:
+            raise typer.BadParameter(str(error)) from None
+
+    return typer.Option(*names, parser=parse, metavar="INTEGER", help=help)
+
+
+def number(*names: str, least: float = 0, most: float, help: str | None = None) -> Any:
+    """A flag that takes a finite number within bounds; anything else is wrong use."""
+
+    def parse(text: str | float) -> float:
+        try:
+            return bounds.number_of(str(text), least, most)
+        except ValueError as error:
+            raise typer.BadParameter(str(error)) from None
+
+    return typer.Option(*names, parser=parse, metavar="NUMBER", help=help)
 
 
 Model = Annotated[str, typer.Argument(help="alias (t2t-vit-demo, t2t-vit-14), directory, checkpoint file or timm name")]
 CheckpointFile = Annotated[Path | None, typer.Option("--checkpoint", help="weights file in place of the published one")]
-InputSize = Annotated[int | None, typer.Option("--input-size", help="pixels a side, where not the model's own")]
+InputSize = Annotated[
+    int | None, integer("--input-size", most=bounds.PIXELS, help="pixels a side, where not the model's own")
+]
 Length = Annotated[
-    int | None, typer.Option("--length", min=2, help="tokens a sample of text, where not the model's own")
+    int | None,
+    integer("--length", least=2, most=bounds.TOKENS, help="tokens a sample of text, where not the model's own"),
 ]
 Dataset = Annotated[
     str, typer.Option("--dataset", help="demo, imagenet-val, cifar10; wikitext-2, python-docs; a path or a hub id")
@@ -67,7 +89,7 @@ Source = Annotated[str | None, typer.Option("--data", help="where the sample com
 DataDir = Annotated[Path | None, typer.Option("--data-dir", help="where the data set's files are")]
 DeviceFlag = Annotated[Device, typer.Option("--device")]
 DtypeFlag = Annotated[Dtype, typer.Option("--dtype", help="of weights and activations")]
-Seed = Annotated[int, typer.Option("--seed", min=0, help="of everything random")]
+Seed = Annotated[int, integer("--seed", least=0, most=bounds.SEED, help="of everything random")]
 JsonFile = Annotated[
     Path | None,
     typer.Option("--json", help="write the result to this file, - for standard output", callback=json_place),
@@ -80,14 +102,6 @@ def progress_bars(quiet: bool) -> Callable[[Sequence[Any], str], Iterable[Any]]:
         return track(items, description=f"{description:<18}", console=err, disable=quiet)
 
     return progress
-
-
-def write_json(path: Path | None, text: str) -> None:
-    if path is not None and str(path) == "-":
-        sys.stdout.write(text)
-    elif path is not None:
-        with artifact.written_whole(path) as fresh:
-            fresh.write_text(text, encoding="utf-8")
 
 
 # -- what a command runs on ------------------------------------------------------------------------------------------

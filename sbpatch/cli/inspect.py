@@ -20,6 +20,7 @@ from .flags import (  # fmt: skip
     Model,
     Quiet,
     Seed,
+    check_places,
     open_model,
     out,
     write_json,
@@ -37,6 +38,7 @@ def inspect_command(
     quiet: Quiet = False,
 ) -> None:
     """List the attention sites of MODEL: what would be patched, what not, and why."""
+    check_places(json_file, inputs=(model, checkpoint))
     loaded = open_model(model, checkpoint, input_size, length)
     where = device.resolve()
     probe = moved(loaded.preprocessing.probe(), where, torch.float32)

@@ -9,14 +9,17 @@ from io import BytesIO
 from pathlib import Path
 
 from PIL import Image
-from scipy.io.matlab import MatReadError, loadmat  # scipy comes with scikit-learn
+from scipy.io.matlab import loadmat  # scipy comes with scikit-learn
 from timm.data.imagenet_info import ImageNetInfo
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from ..errors import SbpatchError, one_line
+from ..bounds import integer_of
+from ..errors import SbpatchError, one_line, printable
+from ..reading import check_regular
 from .images import Item, decode, file_item
 
 VAL_TAR, DEVKIT = "ILSVRC2012_img_val.tar", "ILSVRC2012_devkit_t12"
+MOST_ID, MOST_METADATA = 100_000, 64 << 20  # of the devkit's numbers for classes; bytes of one of its files
 TRUTH, META = "ILSVRC2012_validation_ground_truth.txt", "meta.mat"
 
 
@@ -55,7 +58,9 @@ def _tar(path: Path, labels: Mapping[str, int]) -> list[Item]:
     try:
         with tarfile.open(path) as archive:
             members = sorted((m for m in archive if m.isfile()), key=lambda m: m.name)
-    except (tarfile.TarError, OSError, EOFError) as error:
+        if wrong := next((m for m in members if not 0 <= m.offset_data + m.size <= path.stat().st_size), None):
+            raise EOFError(f"{printable(wrong.name)} goes beyond its end")
+    except Exception as error:  # tarfile raises much for headers of nonsense
         raise SbpatchError(f"{path} is damaged or not a tar file ({one_line(error)}): get it again") from None
     return [
         Item(f"{path}:{m.name}", f"{Path(m.name).name} {m.size}", label, partial(read, m.offset_data, m.size))
@@ -75,7 +80,7 @@ def _labels(place: Path, index: Mapping[str, int]) -> dict[str, int]:
     try:
         if (place / "val.txt").is_file():
             rows = (line.split() for line in (place / "val.txt").read_text().splitlines() if line.strip())
-            return {Path(name).name: int(label) for name, label in rows}
+            return {Path(name).name: integer_of(label, 0, len(index) - 1) for name, label in rows}
         truth, meta = _devkit_file(place, TRUTH), _devkit_file(place, META)
         if truth is None:
             raise SbpatchError(f"imagenet-val: no labels in {place}: put val.txt or {DEVKIT}.tar.gz beside the images")
@@ -85,9 +90,11 @@ def _labels(place: Path, index: Mapping[str, int]) -> dict[str, int]:
             )
         synsets = loadmat(BytesIO(meta), squeeze_me=True)["synsets"]
         classes = {int(s["ILSVRC2012_ID"]): index[str(s["WNID"])] for s in synsets if str(s["WNID"]) in index}
-        ids = [int(line) for line in truth.split()]
+        ids = [integer_of(line, 1, MOST_ID) for line in truth.decode("ascii").split()]
         return {f"ILSVRC2012_val_{i:08d}.JPEG": classes[number] for i, number in enumerate(ids, start=1)}
-    except (OSError, EOFError, ValueError, TypeError, LookupError, tarfile.TarError, MatReadError) as error:
+    except SbpatchError:
+        raise
+    except Exception as error:  # SciPy's reader checks little of what it reads
         raise SbpatchError(
             f"imagenet-val: the labels in {place} are not in the official form ({one_line(error)})"
         ) from None
@@ -96,9 +103,10 @@ def _labels(place: Path, index: Mapping[str, int]) -> dict[str, int]:
 def _devkit_file(place: Path, name: str) -> bytes | None:
     for folder in (place, place / "data", place / DEVKIT / "data"):
         if (folder / name).is_file():
+            check_regular(folder / name)
             return (folder / name).read_bytes()
     if (place / f"{DEVKIT}.tar.gz").is_file():
         with tarfile.open(place / f"{DEVKIT}.tar.gz") as archive:
             member = archive.extractfile(f"{DEVKIT}/data/{name}")
-            return member.read() if member else None
+            return member.read(MOST_METADATA) if member else None
     return None

@@ -12,7 +12,25 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.data.transforms_factory import create_transform
 from torch import Tensor
 
+from .. import bounds
 from ..errors import SbpatchError, one_line
+
+LEAST_CROP, MOST_CROP = 0.05, 10.0  # of crop_pct
+LEAST_STD, MOST_MEAN = 1e-6, 1e6  # of values from 0 to 1, or from 0 to 255
+INTERPOLATIONS = ("bicubic", "bilinear", "nearest", "lanczos", "random")
+CROP_MODES = ("center", "squash", "border")
+
+
+def image_size(values: Any) -> tuple[int, int, int]:
+    """(channels, height, width) from a file, within bounds.
+
+    Raises:
+        SbpatchError: it is something else.
+    """
+    if not isinstance(values, (list, tuple)) or len(values) != 3:
+        raise SbpatchError(f"input_size is {bounds.shown(values)}: it must be channels, height and width")
+    channels, height, width = (bounds.whole(x, "input_size", 1, bounds.PIXELS) for x in values)
+    return channels, height, width
 
 
 @dataclass(frozen=True)
@@ -41,25 +59,38 @@ class Preprocessing:
             SbpatchError: a value is missing or is not of its kind.
         """
         try:
-            channels, height, width = (int(n) for n in values["input_size"])
-            return cls(
-                input_size=(channels, height, width),
+            found = cls(
+                input_size=image_size(values["input_size"]),
                 interpolation=str(values["interpolation"]),
-                crop_pct=float(values["crop_pct"]),
-                mean=tuple(float(x) for x in values["mean"]),
-                std=tuple(float(x) for x in values["std"]),
+                crop_pct=bounds.real(values["crop_pct"], "crop_pct", LEAST_CROP, MOST_CROP),
+                mean=tuple(bounds.real(x, "mean", -MOST_MEAN, MOST_MEAN) for x in values["mean"]),
+                std=tuple(bounds.real(x, "std", LEAST_STD, MOST_MEAN) for x in values["std"]),
                 crop_mode=str(values.get("crop_mode", "center")),
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, SbpatchError) as error:
             raise SbpatchError(
                 f"preprocessing with a missing or wrong value ({one_line(error)}): it needs input_size, interpolation, "
-                f"crop_pct, mean and std, and has {dict(values)}"
+                "crop_pct, mean and std"
             ) from None
+        if found.interpolation not in INTERPOLATIONS or found.crop_mode not in CROP_MODES:
+            raise SbpatchError(
+                f"preprocessing with interpolation {bounds.shown(found.interpolation)} and crop mode "
+                f"{bounds.shown(found.crop_mode)}: known are {', '.join(INTERPOLATIONS)} and {', '.join(CROP_MODES)}"
+            )
+        if not len(found.mean) == len(found.std) == found.input_size[0]:
+            raise SbpatchError(f"preprocessing with {len(found.mean)} means for {found.input_size[0]} channels")
+        return found
 
     def transform(self) -> Callable[[Image], Tensor]:
         """The evaluation transform: an RGB image -> a float32 tensor of shape `input_size`."""
         transform: Callable[[Image], Tensor] = create_transform(**asdict(self), is_training=False)
         return transform
+
+    def scale(self, width: int, height: int) -> float:
+        """By how much the transform resizes an image before it crops; 1 where it goes to the input's size at once."""
+        if self.crop_mode != "center":
+            return 1.0
+        return max(self.input_size[1:]) / self.crop_pct / max(1, min(width, height))
 
     def resized(self, pixels: int) -> Preprocessing:
         """The same for square inputs of another size."""

@@ -19,7 +19,9 @@ from sklearn.datasets import load_digits, load_sample_images
 from sklearn.model_selection import train_test_split
 from torchvision.datasets.folder import ImageFolder
 
+from ..bounds import shown
 from ..errors import SbpatchError, one_line
+from ..reading import check_regular
 from .hub import hub_or_cache
 from .imagenet import imagenet_val
 from .images import ImageSet, Item, decode, file_item
@@ -31,6 +33,7 @@ __all__ = ["ImageSet", "batches", "digits_split", "open_images", "sample_images"
 
 NAMES = ("demo", "imagenet-val", "cifar10", "sklearn-photos")
 CIFAR10 = "uoft-cs/cifar10"
+MOST_LABEL = (1 << 24) - 1
 IMAGE_COLUMNS, LABEL_COLUMNS = ("image", "img"), ("label", "labels", "fine_label")
 
 
@@ -82,7 +85,7 @@ def open_images(
         raise SbpatchError("sklearn-photos has no labels: it is a calibration sample, not a set to evaluate on")
     elif path.is_dir():
         items, classes = _class_folders(path, split)
-    elif path.is_file():
+    elif path.exists():
         items, classes = _parquet([path])
     elif source == "cifar10" or (source.count("/") == 1 and not source.startswith((".", "~", "/")) and not path.suffix):
         items, classes = _hub(CIFAR10 if source == "cifar10" else source, split)
@@ -191,10 +194,12 @@ def _cifar10_files(folder: Path, split: str) -> list[Path]:
 
 def _parquet(files: Sequence[Path]) -> tuple[list[Item], int]:
     name = str(files[0]) if len(files) == 1 else f"{files[0]} and {len(files) - 1} more"
+    for file in files:
+        check_regular(file)
     try:
         columns = [c for c in pq.read_schema(files[0]).names if c in IMAGE_COLUMNS + LABEL_COLUMNS]
         table = pa.concat_tables([pq.read_table(file, columns=columns) for file in files])
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, ValueError, MemoryError) as error:
         raise SbpatchError(f"{name} is damaged or not a parquet file ({one_line(error)})") from None
     return _table(name, table)
 
@@ -232,6 +237,9 @@ def _table(name: str, table: pa.Table) -> tuple[list[Item], int]:
     if not (pa.types.is_binary(data.type) or pa.types.is_large_binary(data.type)):
         raise SbpatchError(f"{name}: column '{image}' holds {data.type}, not encoded images")
     labels, sizes = table[label].to_pylist(), pc.binary_length(data).to_pylist()
+    if not all(-1 <= y <= MOST_LABEL for y in labels):
+        wrong = next(y for y in labels if not -1 <= y <= MOST_LABEL)
+        raise SbpatchError(f"{name}: label {shown(wrong)} is no class: labels count from 0, -1 is none")
     return [
         Item(f"{name} row {i}", f"{i} {size}", int(y), partial(_cell, data, i))
         for i, (y, size) in enumerate(zip(labels, sizes, strict=True))

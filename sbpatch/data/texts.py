@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..errors import SbpatchError, one_line
+from ..reading import check_regular
 from .hub import hub_or_cache
 
 NAMES = ("wikitext-2", "python-docs")
@@ -87,7 +88,7 @@ def open_text(source: str, *, data_dir: Path | None = None, split: str = "test")
         text = _wikitext(Path(data_dir), split)
     elif source == "wikitext-2":
         text = _hub(source, *WIKITEXT, split)
-    elif path.is_file():
+    elif path.exists() and not path.is_dir():
         text = Text(source, _read(path)).part(split)
     elif source in IMAGES:
         raise SbpatchError(
@@ -147,6 +148,7 @@ def _hub(name: str, repository: str, config: str | None, split: str) -> Text:
 
 
 def _read(path: Path) -> str:
+    check_regular(path)
     try:
         if path.suffix == ".parquet":
             return _column(str(path), pq.read_table(path))
@@ -154,7 +156,7 @@ def _read(path: Path) -> str:
             return file.read(MOST)
     except UnicodeDecodeError as error:
         raise SbpatchError(f"{path} is no UTF-8 text ({one_line(error)})") from None
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, ValueError, MemoryError) as error:
         raise SbpatchError(f"{path} cannot be read ({one_line(error)})") from None
 
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import inspect
 import multiprocessing
-import platform
 import statistics
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from multiprocessing.connection import Connection
@@ -26,13 +26,14 @@ from ..attention.masks import allowed
 from ..data.batch import Inputs, count, moved, run, samples
 from ..data.images import ImageSet
 from ..data.samples import Samples, batches
-from ..errors import SbpatchError
+from ..errors import SbpatchError, one_line, out_of_memory
+from ..interrupts import held_back
 from ..measure import elapsed_ms, peak_memory_bytes
 from ..models.answers import Kept, Scores, kept
 from ..models.checkpoint import Answer, Checkpoint
 from ..models.load import load_checkpoint
 from ..plan.patch import patch, read_plan
-from ..plan.plan import PLAN_FILE, SitePlan
+from ..plan.plan import PLAN_FILE
 from ..progress import Progress, no_progress
 from ..sites.calls import Call
 from ..sites.find import find_sites
@@ -41,7 +42,6 @@ from ..sites.swap import swap
 VARIANTS = ("eager", "sdpa", "patched")
 EAGER_BATCHES = 3  # that the slow eager variant runs, for its time and memory; its answers are SDPA's but for rounding
 EAGER_MS = 30_000.0  # after which it runs no further batch
-EAGER_BYTES = 4 << 30  # the attention matrix of one site and batch, above which eager is left out: it holds several
 FIRST_TOKEN_BATCHES = 3  # that a causal model runs once more, for the logits of the last position alone
 
 
@@ -168,15 +168,30 @@ def _worker(pipe: Connection, subject: Subject, variant: str) -> None:
                     output, ms = elapsed_ms(partial(run, model, x), device)
                     pipe.send((kept(subject.answer, output, x, torch.from_numpy(labels)), ms))
                     del output  # before the next forward: a window's logits are hundreds of megabytes
+    except (EOFError, ConnectionError):
+        return  # the parent was killed
     except SbpatchError as error:
         pipe.send(error)
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
+        pipe.send(
+            SbpatchError(f"variant '{variant}': {one_line(error)}; try a smaller --batch-size or shorter samples")
+        )
+
+
+def _send(pipe: Connection, request: Any) -> None:
+    with suppress(BrokenPipeError):  # the process has ended: what it had to say is there to be received
+        pipe.send(request)
 
 
 def _receive(pipe: Connection, variant: str) -> Any:
     try:
         answer = pipe.recv()
     except EOFError as error:
-        raise SbpatchError(f"the process of variant '{variant}' ended early; its message stands above") from error
+        raise SbpatchError(
+            f"the process of variant '{variant}' ended early: its message stands above, or the system took it for its memory"
+        ) from error
     if isinstance(answer, SbpatchError):
         raise answer
     return answer
@@ -208,7 +223,8 @@ def evaluate(
     for variant in variants:
         pipes[variant], theirs = context.Pipe()
         process = context.Process(target=_worker, args=(theirs, subject, variant), daemon=True)
-        process.start()
+        with held_back():
+            process.start()
         theirs.close()
         processes.append(process)
     totals = {variant: Totals() for variant in variants}
@@ -223,9 +239,9 @@ def evaluate(
             running = list(pipes)
             for variant in running[number % len(running) :] + running[: number % len(running)]:  # nobody always first
                 if number == 0:
-                    pipes[variant].send(("memory", inputs, labels))
+                    _send(pipes[variant], ("memory", inputs, labels))
                     totals[variant].peak_memory = _receive(pipes[variant], variant)
-                pipes[variant].send(("batch", inputs, labels))
+                _send(pipes[variant], ("batch", inputs, labels))
                 found[variant], ms = _receive(pipes[variant], variant)
                 totals[variant].ms.append(ms)
                 if subject.answer == "next-token" and number < (1 if variant == "eager" else FIRST_TOKEN_BATCHES):
@@ -236,10 +252,13 @@ def evaluate(
                 totals[variant].scores.add(found[variant], found["sdpa"])
         for pipe in pipes.values():
             pipe.send(None)
-    finally:
         for process in processes:
             process.join(timeout=1)
-            process.terminate()
+    finally:
+        for process in processes:
+            process.kill()  # it holds nothing that is not ours to lose
+        for process in processes:
+            process.join()
     return {variant: totals[variant].figures(batch_size) for variant in variants}
 
 
@@ -255,48 +274,3 @@ def check_classes(checkpoint: Checkpoint, images: ImageSet) -> None:
             f"{images.name} has {images.classes} classes and {checkpoint.name} {classes}: their labels cannot be compared "
             "(folders of ImageNet classes: --dataset imagenet-val --data-dir FOLDER)"
         )
-
-
-def affordable(sites: Sequence[SitePlan], tokens: int | None, batch_size: int, dtype: str) -> list[str]:
-    """The variants, without eager where the attention matrix of one site would take more than `EAGER_BYTES`.
-
-    Args:
-        tokens: of a text; where None, the sites say how many theirs are.
-    """
-    size = torch.empty(0, dtype=getattr(torch, dtype)).element_size()
-    largest = max((site.heads * (tokens or site.tokens) ** 2 for site in sites), default=0) * batch_size * size
-    return [name for name in VARIANTS if name != "eager" or largest <= EAGER_BYTES]
-
-
-# -- what the attention stores --------------------------------------------------------------------------------------
-
-
-def exact_sites(checkpoint: Checkpoint) -> list[SitePlan]:
-    """The sites of an unpatched model."""
-    found = find_sites(checkpoint.model, checkpoint.preprocessing.probe())
-    return [SitePlan.of(site, "exact", "not patched") for site in found]
-
-
-def attention_memory_bytes(sites: Sequence[SitePlan], variant: str, subject: Subject) -> int:
-    """Bytes that the attention of all sites stores for one sample, by the budget's accounting.
-
-    Eager attention stores every entry; SDPA one number a row (its running sum), the patched sites what their budget says.
-    In the patched model the exact sites run through SDPA.
-    """
-    size = torch.empty(0, dtype=getattr(torch, subject.dtype)).element_size()
-    entries = 0.0
-    for site in sites:
-        if variant == "eager":
-            entries += site.entries
-        elif variant == "patched" and site.decision == "patch":
-            entries += site.stored
-        else:
-            entries += site.heads * site.tokens
-    return round(entries * size)
-
-
-def device_name(device: str) -> str:
-    """A device as figures state it: the GPU's name, or the CPU with its threads."""
-    if device.startswith("cuda"):
-        return torch.cuda.get_device_name()
-    return f"cpu ({platform.machine()}, {torch.get_num_threads()} threads)"

@@ -6,6 +6,7 @@ import logging
 import warnings
 from collections.abc import Callable
 from enum import StrEnum
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from ..data.batch import Inputs, count, run, samples
 from ..errors import SbpatchError, one_line
 from ..plan import artifact
 from ..plan.patch import load
+from ..writing import check_target, written_whole
 
 
 class Format(StrEnum):
@@ -73,13 +75,12 @@ def export(directory: Path, form: Format, target: Path, inputs: Inputs) -> float
         model = load(directory)
         artifact.copy(directory, target)
         return _difference(run(load(target), inputs), run(model, inputs))
-    if target.is_dir() or not target.absolute().parent.is_dir():
-        raise SbpatchError(f"cannot write {target}: it is a directory, or its folder does not exist")
+    check_target(target)
     if count(inputs) < 2:
         raise SbpatchError("an export needs at least two samples, or the exported file would take one alone")
     model = Answer(load(directory)).eval()
     expected = run(model, inputs)
-    with artifact.written_whole(target) as fresh, warnings.catch_warnings():
+    with written_whole(target) as fresh, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporters' own deprecations
         path = fresh.with_suffix(target.suffix)
         try:
@@ -115,7 +116,9 @@ def _arguments(inputs: Inputs) -> dict[str, Any]:
 def _pt2(model: nn.Module, inputs: Inputs, path: Path) -> Callable[[Inputs], Tensor]:
     with torch.no_grad():
         program = torch.export.export(model, **_arguments(inputs))
-    torch.export.save(program, path)
+    whole = BytesIO()  # on a full disk, torch's own writer of files aborts the process
+    torch.export.save(program, whole)
+    path.write_bytes(whole.getbuffer())
     module = torch.export.load(path).module()
     return lambda x: run(module, x)
 

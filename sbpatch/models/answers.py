@@ -17,6 +17,7 @@ from .checkpoint import Answer
 # Ranges of tokens seen before the scored one, by the name of their perplexity; at the start attention is short and exact.
 RANGES = {"perplexity_to_1k": (0, 1024), "perplexity_1k_to_4k": (1024, 4096), "perplexity_from_4k": (4096, 1 << 62)}
 POSITIONS = 256  # of logits over a vocabulary that are looked at together: whole windows would be copied
+MOST_NLL = 700.0  # nats a token: exp of more is no number
 Kept = Mapping[str, np.ndarray]
 
 
@@ -122,6 +123,8 @@ class Scores:
         means = {name: self.sums[name] / count for name, count in self.counts.items() if count}
         figures: dict[str, float] = {n: 100 * means[n] for n in ("top1", "top5", "agreement") if n in means}
         if "nll" in means:
+            if means["nll"] > MOST_NLL:
+                raise SbpatchError(f"a perplexity of exp({means['nll']:.4g}): the model predicts nothing of this text")
             figures["perplexity"] = float(np.exp(means["nll"]))
             ranges = {name: float(np.exp(means[name])) for name in RANGES if name in means}
             figures |= ranges if len(ranges) > 1 else {}

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from PIL import Image
 
-from ..data.preprocessing import Preprocessing
-from ..errors import SbpatchError
+from ..bounds import PIXELS, real, whole
+from ..data.preprocessing import LEAST_STD, MOST_MEAN, Preprocessing
+from ..errors import SbpatchError, one_line
 
 INTERPOLATION = {0: "nearest", 2: "bilinear", 3: "bicubic"}  # PIL's numbers
 ALIKE = 0.02  # of the values' spread: how far PIL and torchvision may resample apart, on average
@@ -27,22 +28,36 @@ def image_preprocessing(processor: Any) -> Preprocessing:
         raise SbpatchError(
             f"{name} with size {processor.size}: it does not resize to one size in a way that is known here"
         )
-    height, width = crop or size
+    sizes = dict.fromkeys((*size, *crop))
+    for pixels in sizes:
+        whole(pixels, f"{name}'s size", 1, PIXELS)
+    height, width = (int(pixels) for pixels in crop or size)
     normalised = bool(processor.do_normalize)
     preprocessing = Preprocessing(
         input_size=(3, height, width),
         interpolation=INTERPOLATION[processor.resample],
         crop_pct=_share(height, size[0]),
-        mean=tuple(processor.image_mean) if normalised else (0.0, 0.0, 0.0),
-        std=tuple(processor.image_std) if normalised else (1.0, 1.0, 1.0),
+        mean=_three(processor.image_mean, "mean", -MOST_MEAN) if normalised else (0.0, 0.0, 0.0),
+        std=_three(processor.image_std, "std", LEAST_STD) if normalised else (1.0, 1.0, 1.0),
         crop_mode="squash" if len(size) == 2 else "center",
     )
     picture = _picture()
-    theirs = torch.as_tensor(processor(picture, return_tensors="pt")["pixel_values"][0])
+    try:
+        theirs = torch.as_tensor(processor(picture, return_tensors="pt")["pixel_values"][0])
+    except Exception as error:  # of values that no library checked before
+        raise SbpatchError(f"{name} cannot prepare an image: {one_line(error)}") from None
     ours = preprocessing.transform()(picture)
     if theirs.shape != ours.shape or (theirs - ours).abs().mean() > ALIKE * (ours.max() - ours.min()):
         raise SbpatchError(f"{name} prepares images in a way of its own, which resize, crop and normalise do not give")
     return preprocessing
+
+
+def _three(values: Any, name: str, least: float) -> tuple[float, ...]:
+    """One number a colour, which may be given once for all."""
+    given = list(values) if isinstance(values, (list, tuple)) else [values] * 3
+    if len(given) != 3:
+        raise SbpatchError(f"image_{name} has {len(given)} numbers, not one a colour")
+    return tuple(real(x, f"image_{name}", least, MOST_MEAN) for x in given)
 
 
 def _edges(processor: Any, switch: str, key: str) -> tuple[int, ...]:

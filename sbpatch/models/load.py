@@ -7,7 +7,6 @@ the file is used and every tensor of the model is filled, or there is an error t
 from __future__ import annotations
 
 import difflib
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,10 +18,13 @@ from huggingface_hub import constants as hub
 from timm.data.config import resolve_data_config
 from torch import Tensor, nn
 
+from ..bounds import TOKENS, whole
 from ..data.hub import hub_or_cache
-from ..data.preprocessing import Preprocessing
+from ..data.preprocessing import Preprocessing, image_size
 from ..errors import SbpatchError, one_line
+from ..reading import check_folder, read_json
 from .checkpoint import Checkpoint
+from .sizes import check_arguments, check_room
 from .t2t_vit import PATCH, T2TViT, t2t_vit_from_state_dict
 from .weights import LOAD_ERRORS, RELEASES, file_sha256, hub_snapshot, read_tensors, released, tensors_sha256
 
@@ -94,7 +96,8 @@ def build(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> nn.Module:
             if config.get(key) != value:
                 raise SbpatchError(f"config.json says {key} {config.get(key)}, but the weights say {value}")
         return model
-    args = {"num_classes": config.get("num_classes"), **config.get("model_args", {})}
+    args = {"num_classes": _classes(config), **check_arguments(config, state)}
+    check_room(lambda: timm.create_model(config["architecture"], **args), state)
     try:
         rebuilt: nn.Module = timm.create_model(config["architecture"], pretrained_cfg=_pretrained_cfg(config), **args)
         rebuilt.load_state_dict(state)
@@ -126,11 +129,11 @@ def _t2t_checkpoint(
 def _load_directory(name: str, folder: Path, input_size: int | None) -> Checkpoint:
     if not (folder / "config.json").exists() and len(files := [*folder.glob("*.gguf")]) == 1:
         return _transformers().load_gguf(name, files[0], input_size)
+    check_folder(folder)
     weights = folder / "model.safetensors"
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise SbpatchError(f"{folder} is no model directory: cannot read its config.json ({one_line(error)})") from None
+    if not (folder / "config.json").exists():
+        raise SbpatchError(f"{folder} is no model directory: it has no config.json")
+    config = read_json(folder / "config.json", "configuration of a model")
     if isinstance(config, dict) and isinstance(config.get("model_type"), str):
         return _transformers().load_directory(name, folder, config, input_size)
     if not isinstance(config, dict) or not isinstance(config.get("architecture"), str):
@@ -190,7 +193,7 @@ def _timm_from_tensors(
 ) -> Checkpoint:
     """Through timm's own loader, which renames old layouts and resamples position tables, and loads strictly."""
     cfg = {k: v for k, v in _pretrained_cfg(config).items() if k not in ("file", "hf_hub_id", "url", "source")}
-    args = dict(config.get("model_args", {}))
+    args = check_arguments(config, state)
     if input_size and cfg.get("fixed_input_size"):
         args["img_size"] = input_size
     head = state.get(f"{cfg.get('classifier')}.weight")
@@ -226,8 +229,15 @@ def _timm_checkpoint(
     return Checkpoint(name, model.float().eval(), "timm", config, preprocessing, sha256)
 
 
+def _classes(config: Mapping[str, Any]) -> int | None:
+    value = config.get("num_classes")
+    return None if value is None else whole(value, "config.json: num_classes", 0, TOKENS)
+
+
 def _pretrained_cfg(config: Mapping[str, Any]) -> dict[str, Any]:
     cfg = config.get("pretrained_cfg")
     if not isinstance(cfg, Mapping):
         raise SbpatchError("config.json without a 'pretrained_cfg': it does not say how images are prepared")
+    if "input_size" in cfg:
+        image_size(cfg["input_size"])
     return dict(cfg)

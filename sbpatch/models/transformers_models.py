@@ -26,8 +26,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 from ..data.preprocessing import AudioPreprocessing, Preprocessing, TextPreprocessing
 from ..errors import SbpatchError, one_line
 from .checkpoint import Answer, Checkpoint
+from .sizes import check_config, check_room
 from .transformers_inputs import LOCAL, images, text
-from .weights import LOAD_ERRORS, file_sha256, read_tensors, tensors_sha256
+from .weights import LOAD_ERRORS, check_tensors, file_sha256, read_tensors, tensors_sha256
 
 # Heads of pretraining that many files hold beside a class without a place for them (bert-base-uncased, roberta-base).
 LEFT_OVER = re.compile(r"(^|\.)pooler\.|^cls\.seq_relationship\.")
@@ -112,11 +113,13 @@ def load_gguf(name: str, file: Path, input_size: int | None) -> Checkpoint:
         config = transformers.AutoConfig.from_pretrained(file.parent, **read)
         cls: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
         if cls is None:
-            raise SbpatchError(f"{file} holds a {config.model_type}, not a causal language model")
+            raise SbpatchError(f"it holds a {config.model_type}, not a causal language model")
         loaded = cls.from_pretrained(file.parent, config=config, dtype=torch.float32, **read)
         values = loaded.config.to_dict() | {"architectures": [cls.__name__]}
         values.pop("quantization_config", None)  # the weights are not quantised any more
-        return _checkpoint(name, build(values, loaded.state_dict()), file.parent, file_sha256(file), input_size, read)
+        state = loaded.state_dict()
+        check_tensors(state, file)
+        return _checkpoint(name, build(values, state), file.parent, file_sha256(file), input_size, read)
     except LOAD_ERRORS as error:
         raise SbpatchError(f"{file} is damaged or no GGUF file that transformers reads ({one_line(error)})") from None
 
@@ -128,6 +131,7 @@ def build(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> PreTrainedM
     Raises:
         SbpatchError: the class is unknown or has attention of its own, or a tensor is missing, left over or of another shape.
     """
+    check_config(config, state)
     own = _config(config)
     cls = _class(own)
     if part := PARTS.get(cls.__name__):
@@ -141,6 +145,7 @@ def build(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> PreTrainedM
             f"transformers' {cls.__name__} does not call scaled_dot_product_attention: nothing to patch in it"
         )
     own.architectures = [cls.__name__]
+    check_room(lambda: cls(own), state)
     extra: dict[str, Any] = {}
     if "add_pooling_layer" in inspect.signature(cls).parameters and not any("pooler." in key for key in state):
         extra["add_pooling_layer"] = False  # else it would be there, filled with random numbers

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import http.client
+import math
 import os
 import pickle
 import re
 import socket
-import struct
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -17,20 +17,20 @@ from pathlib import Path
 import torch
 from huggingface_hub import constants as hub
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError, StrictDataclassError  # type: ignore[attr-defined]
-from safetensors import SafetensorError
+from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from ..data.hub import CONNECT_SECONDS, hub_or_cache
 from ..errors import SbpatchError, one_line
+from ..reading import check_regular
 
 RELEASE_URL = "https://github.com/yitu-opensource/T2T-ViT/releases/download/main"
-# What timm and transformers raise for weights that do not fit and files they cannot get, and torch.load's for damage.
-LOAD_ERRORS = (
-    *(RuntimeError, OSError, EOFError, ValueError, TypeError, LookupError, AttributeError, AssertionError),
-    *(SafetensorError, pickle.UnpicklingError, struct.error, HTTPError, StrictDataclassError),
-)
+# What timm, transformers and torch.load raise for weights that do not fit, damage, and files they cannot get; tokenizers
+# raise `Exception` itself.
+LOAD_ERRORS = (Exception,)
+FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.float8_e4m3fn, torch.float8_e5m2)
+PLAIN = {*FLOATING, torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
 # Of a model's repository: configuration, tokenizer and weights in the folder itself, no copies for other frameworks.
 HUB_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "model.safetensors", "model-*-of-*.safetensors"]
 
@@ -61,8 +61,9 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     Raises:
         SbpatchError: the file is missing or damaged, needs code to be run, or holds something else than tensors.
     """
-    if not path.is_file():
+    if not path.exists():
         raise SbpatchError(f"no such weights file: {path}")
+    check_regular(path)
     safe = path.suffix == ".safetensors"
     try:
         loaded = load_file(path) if safe else torch.load(path, map_location="cpu", weights_only=True)
@@ -82,7 +83,45 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise SbpatchError(
             f"{path} holds no state dict: expected named tensors, alone or under state_dict_ema, state_dict or model"
         )
-    return {str(key).removeprefix("module."): tensor for key, tensor in loaded.items()}
+    found = {str(key).removeprefix("module."): tensor for key, tensor in loaded.items()}
+    check_tensors(found, path)
+    return found
+
+
+def check_tensors(state: Mapping[str, Tensor], path: Path) -> None:
+    """Refuse tensors that are not plain, dense and finite, one pass over each.
+
+    Minus infinity is a number in a mask, by whose name its tensor is known.
+
+    Raises:
+        SbpatchError: one is not; the line names it.
+    """
+    for name, tensor in state.items():
+        if wrong := _not_plain(tensor):
+            raise SbpatchError(f"{path}: tensor '{name}' is {wrong}: save it as plain floating point or integer values")
+        if not tensor.is_floating_point() or not tensor.numel():
+            continue
+        low, high = (float(x) for x in (tensor if tensor.element_size() > 1 else tensor.float()).detach().aminmax())
+        if not (math.isfinite(high) and (math.isfinite(low) or ("mask" in name and low == -math.inf))):
+            value = "NaN" if math.isnan(high) else "an infinite value"
+            raise SbpatchError(f"{path}: tensor '{name}' holds {value}: get the file again")
+
+
+def _not_plain(tensor: Tensor) -> str:
+    """What a tensor is that no weight of a model is, or ""."""
+    if tensor.is_meta:
+        return "on the meta device, without values"
+    if tensor.is_quantized:
+        return "quantised"
+    if tensor.is_nested or tensor.layout != torch.strided:
+        return "nested" if tensor.is_nested else f"sparse ({str(tensor.layout).removeprefix('torch.')})"
+    if tensor.is_complex():
+        return "complex"
+    if tensor.dtype not in PLAIN:
+        return f"of type {str(tensor.dtype).removeprefix('torch.')}"
+    if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        return f"expanded to {tuple(tensor.shape)} from fewer values"
+    return ""
 
 
 def tensors_sha256(state: Mapping[str, Tensor]) -> str:

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors.torch import save_file
 
 from ..errors import SbpatchError
 from ..models.checkpoint import Checkpoint
+from ..reading import kind
+from ..writing import check_directory, written_whole
 from .patch import TENSORS_FILE
 from .plan import PLAN_FILE, Plan
 from .report import model_card, plot_plan
@@ -22,28 +21,16 @@ def check_output(directory: Path) -> None:
     """Refuse an output directory that holds something else, before any work is done.
 
     Raises:
-        SbpatchError: it is a file, the current directory, or a directory with files in it that sbpatch did not write.
+        SbpatchError: it is a file, a link that leads nowhere, the current directory, or a directory with files in it that
+            sbpatch did not write.
     """
-    if directory.resolve() == Path.cwd():
+    directory = check_directory(directory)
+    if directory == Path.cwd():
         raise SbpatchError(f"output {directory} is the current directory, which cannot be replaced: give a name to -o")
     if directory.exists() and not directory.is_dir():
-        raise SbpatchError(f"output {directory} is a file: give another -o")
+        raise SbpatchError(f"output {directory} is {kind(directory) or 'a file'}: give another -o")
     if directory.is_dir() and any(directory.iterdir()) and not (directory / PLAN_FILE).is_file():
         raise SbpatchError(f"output directory {directory} holds something else: give another -o, or empty it")
-    parent = directory.absolute().parent
-    if not parent.is_dir():
-        raise SbpatchError(f"no directory {parent} to write {directory.name} into")
-
-
-@contextmanager
-def written_whole(target: Path) -> Iterator[Path]:
-    """A path beside `target` to write a file or directory to; it takes the target's place only if the block succeeds."""
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.absolute().parent) as scratch:
-        fresh = Path(scratch) / "new"
-        yield fresh
-        if target.is_dir():
-            target.rename(Path(scratch) / "old")  # goes with the scratch folder
-        fresh.replace(target)
 
 
 def save(directory: Path, checkpoint: Checkpoint, plan: Plan) -> None:

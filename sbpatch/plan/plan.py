@@ -20,11 +20,14 @@ from pydantic import (
 )
 from torch import Tensor, nn
 
-from ..attention import PARTS, Geometry, Scatterbrain, parse_method
+from ..attention import PARTS, Geometry, Scatterbrain, check_parameters, parse_method
 from ..attention.per_head import Exact, Layer, PerHead
+from ..bounds import HEADS, Count, Heads, NotNegative, Seed, Tokens, Width
 from ..errors import SbpatchError
+from ..reading import read_text
 from ..sites.find import Site
 from ..version import __version__
+from ..writing import json_text
 
 PLAN_FILE = "sbpatch.json"
 FORMAT = 2  # of the file; raised where an older plan would mean something else now
@@ -48,13 +51,13 @@ class Setting(BaseModel):
     that none can pass for one of the others. The rank, which many methods count and some are given, is a field.
     """
 
-    model_config = ConfigDict(extra="forbid", populate_by_name=True)
+    model_config = ConfigDict(extra="forbid", populate_by_name=True, allow_inf_nan=False)
 
     method: str | None = None
-    seed: int | None = Field(default=None, ge=0, lt=2**63)
-    rank: int | None = None
-    nnz: float | None = None
-    budget: float | None = None  # stored / the keys of a row
+    seed: Seed | None = None
+    rank: Count | None = None
+    nnz: NotNegative | None = None
+    budget: NotNegative | None = None  # stored / the keys of a row
     parameters: dict[str, int] = Field(default_factory=dict, exclude=True)
 
     @model_validator(mode="before")
@@ -87,13 +90,14 @@ class Setting(BaseModel):
         _, low_rank = parse_method(self.method)
         if low_rank is not None and self.rank is not None and PARTS[low_rank].kind != "joined":
             parameters["rank"] = self.rank
+        check_parameters(self.method, parameters, site)
         return Scatterbrain(self.method, site, self.seed, **parameters)
 
 
 class HeadGroup(Setting):
     """Heads of a site that share a setting."""
 
-    heads: list[int]
+    heads: list[Count] = Field(min_length=1, max_length=HEADS)
     output_error: float | None = None
 
 
@@ -102,13 +106,13 @@ class SitePlan(Setting):
 
     name: str
     class_name: str = Field(alias="class")
-    tokens: int = Field(ge=1)
-    heads: int = Field(ge=1)
-    head_dim: int = Field(ge=1)
-    key_heads: int = Field(default=0, ge=0)  # of keys and values, where query heads share them
+    tokens: Tokens
+    heads: Heads
+    head_dim: Width
+    key_heads: Count = 0  # of keys and values, where query heads share them
     causal: bool = False
-    grid: tuple[int, int] | None = None
-    prefix: int = Field(default=0, ge=0)
+    grid: tuple[Tokens, Tokens] | None = None
+    prefix: Count = 0
     entropy: list[float] | None = None  # nats, one a head
     entropy_ratio: float | None = None  # mean over heads, divided by ln n
     logit_spread: list[float] | None = None  # standard deviation of q.k in a row, one a head
@@ -187,23 +191,23 @@ class Budget(BaseModel):
     included; stored over all sites. Exact ones count in full.
     """
 
-    requested: float
-    used: float = 0.0
-    model: float = 1.0
+    requested: NotNegative
+    used: NotNegative = 0.0
+    model: NotNegative = 1.0
 
 
 class Plan(BaseModel):
     """What `calibrate` decides and `patch` carries out. `tensors` are the patch's own (projections), by site and name."""
 
-    model_config = ConfigDict(arbitrary_types_allowed=True)
+    model_config = ConfigDict(arbitrary_types_allowed=True, allow_inf_nan=False)
 
     format: int = FORMAT
     model: str
     base_sha256: str = ""
-    seed: int
+    seed: Seed
     versions: dict[str, str] = Field(default_factory=versions)
     data: dict[str, Any] = Field(default_factory=dict)
-    input_size: list[int] | None = None
+    input_size: list[Tokens] | None = Field(default=None, min_length=1, max_length=3)
     device: str = "cpu"
     dtype: str = "float32"
     budget: Budget
@@ -244,7 +248,8 @@ class Plan(BaseModel):
         return layers
 
     def to_json(self) -> str:
-        return self.model_dump_json(indent=2, by_alias=True, exclude_none=True) + "\n"
+        """Raises SbpatchError where a number is not finite."""
+        return json_text(self.model_dump(mode="json", by_alias=True, exclude_none=True))
 
     @classmethod
     def read(cls, path: Path, tensors: Mapping[str, Tensor] | None = None) -> Plan:
@@ -254,12 +259,13 @@ class Plan(BaseModel):
             SbpatchError: the file is missing, is not a plan (the line names the first thing wrong with it), or is of another
                 version's format.
         """
+        if not path.exists():
+            raise SbpatchError(f"no plan at {path}: No such file or directory")
+        text = read_text(path, "plan")
         try:
-            plan = cls.model_validate_json(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise SbpatchError(f"no plan at {path}: {error.strerror}") from error
-        except (ValidationError, UnicodeDecodeError) as error:
-            first = error.errors()[0] if isinstance(error, ValidationError) else {"loc": (), "msg": str(error)}
+            plan = cls.model_validate_json(text)
+        except ValidationError as error:
+            first = error.errors()[0]
             where = ".".join(map(str, first["loc"])) or "the file"
             raise SbpatchError(f"{path} is not a plan: {where}: {first['msg']}") from error
         found = plan.format if "format" in plan.model_fields_set else 1  # the first format did not name itself

@@ -8,9 +8,12 @@ from pathlib import Path
 from typing import Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from ..errors import SbpatchError
+from ..attention import check_parameters
+from ..bounds import Count, Tokens
+from ..errors import SbpatchError, one_line
+from ..reading import read_text
 
 Objective = Literal["memory", "time"]  # what the budget is a share of
 Allocation = Literal["joint", "measured", "entropy", "uniform"]  # the rule that shares it out
@@ -20,9 +23,14 @@ class SiteSetting(BaseModel):
     """A method with its parameters (`window`, `rank`, ...) as further keys, taken as they are, without a search."""
 
     model_config = ConfigDict(extra="allow")
-    __pydantic_extra__: dict[str, int] = Field(init=False)
+    __pydantic_extra__: dict[str, Count] = Field(init=False)
 
     method: str
+
+    @model_validator(mode="after")
+    def _parameters_are_the_methods(self) -> SiteSetting:
+        check_parameters(self.method, self.parameters)
+        return self
 
     @property
     def parameters(self) -> dict[str, int]:
@@ -32,7 +40,7 @@ class SiteSetting(BaseModel):
 class Recipe(BaseModel):
     """What `calibrate` is told; every key may be left out. `sites` maps shell patterns over site names to settings."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     description: str = ""
     budget: float = 0.03
@@ -43,7 +51,7 @@ class Recipe(BaseModel):
     data: str | None = None
     include: list[str] = Field(default_factory=list)
     exclude: list[str] = Field(default_factory=list)
-    min_tokens: int = Field(default=256, ge=1)
+    min_tokens: Tokens = 256
     sites: dict[str, SiteSetting] = Field(default_factory=dict)
 
 
@@ -55,15 +63,18 @@ def read_recipe(path: Path | None) -> Recipe:
     """
     if path is None:
         return Recipe()
+    if not path.exists():
+        raise SbpatchError(f"no recipe at {path}: No such file or directory")
+    text = read_text(path, "recipe")
     try:
-        return Recipe.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")) or {})
-    except OSError as error:
-        raise SbpatchError(f"no recipe at {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise SbpatchError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
-    except ValidationError as error:
+        return Recipe.model_validate(yaml.safe_load(text) or {})
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        if not isinstance(error, ValidationError):  # a ValueError is of a date or number that YAML knows
+            raise SbpatchError(f"{path} is not YAML: {one_line(error)}") from None
         first = error.errors()[0]
         raise SbpatchError(f"recipe {path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+    except SbpatchError as error:
+        raise SbpatchError(f"recipe {path}: {error}") from None
 
 
 def check_patterns(sites: Sequence[str], patterns: Mapping[str, Iterable[str]]) -> None:

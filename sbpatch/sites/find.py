@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..attention import Geometry
 from ..data.batch import Inputs
-from ..errors import SbpatchError
+from ..errors import SbpatchError, one_line
 from . import interface
 from .probe import Found, Probe
 
@@ -33,7 +33,7 @@ def find_sites(model: nn.Module, example: Inputs) -> list[Site]:
     """Run `model` on `example` once, in evaluation mode, and list its attention sites in the order they are reached.
 
     Raises:
-        SbpatchError: the model computes no attention, so that there is nothing to patch; or it is patched.
+        SbpatchError: the model does not run, or computes no attention, so that there is nothing to patch; or it is patched.
     """
     if any(hasattr(module, "sbpatch") for module in model.modules()):
         raise SbpatchError(f"{type(model).__name__} is patched already; call unpatch first")
@@ -42,6 +42,12 @@ def find_sites(model: nn.Module, example: Inputs) -> list[Site]:
     interface.admit(model)
     try:
         found = Probe().run(model.eval(), example)
+    except SbpatchError:
+        raise
+    except Exception as error:  # of the model's own code, for values of its configuration
+        raise SbpatchError(
+            f"{type(model).__name__} does not run on an input of its own size: {one_line(error)}"
+        ) from error
     finally:
         interface.dismiss(model)
         for module in training:

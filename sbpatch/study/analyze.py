@@ -10,7 +10,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -35,7 +34,8 @@ from ..plan.plan import versions
 from ..progress import Progress, no_progress
 from ..sites.calls import Call
 from ..sites.find import Site, find_sites
-from ..sites.observe import Watcher, observed
+from ..sites.observe import Watcher, check_finite, observed
+from ..writing import json_text, written_whole
 from . import analyze_plots
 from .analyze_plots import table as table  # the figures for the terminal
 from .entries import ENTRY_SAMPLES, Case, feature_estimates, process_case, single_entries, sized_layer
@@ -44,6 +44,7 @@ from .oracles import SHARE, SPLITS, both_parts, process_sweep, pure_errors, rank
 JSON_FILE = "analysis.json"
 TOKENS = 512  # a longer site is read at that many evenly spaced tokens, as queries and as keys
 SAMPLES, MATRICES = 8, 144  # a head, and in all: a model with many heads is read on fewer samples, then at fewer heads
+LEAST = 1e-12  # an error that counts as none in a ratio
 METHODS = ("lsh+favor", "window+favor", "lsh+clusters")
 PAIRS = (
     ("sparse_error", "low_rank_error"),
@@ -135,6 +136,7 @@ def _point(site: Site, head: int, sample: int, calls: list[Call], seed: int) -> 
     q, k, v, geometry = _head(site, head, calls[sample])
     scale, n = calls[sample].softmax_scale, geometry.tokens
     matrix = exact_matrix(q, k, scale, geometry.causal)[0, 0]
+    check_finite(matrix, f"site '{site.name}'", "its attention matrix")
     rank = rank_for(n, n, SHARE)
     entropy = float(-torch.xlogy(matrix, matrix).sum(-1).mean())
 
@@ -157,7 +159,7 @@ def _point(site: Site, head: int, sample: int, calls: list[Call], seed: int) -> 
             layers[method] = {"error": best[0], "split": best[1], "stored": best[2].stored, "ms": min(times)}
     return {
         "site": site.name, "head": head, "sample": sample, "tokens": n, "rank": rank, "entropy": entropy,
-        "entropy_ratio": entropy / math.log(n), **pure_errors(matrix, rank), "robust_pca_error": error,
+        "entropy_ratio": entropy / math.log(max(n, 2)), **pure_errors(matrix, rank), "robust_pca_error": error,
         "robust_pca_split": split, "robust_pca_ms": ms, "scatterbrain": layers,
     }  # fmt: skip
 
@@ -194,7 +196,7 @@ def against_robust_pca(points: Sequence[Mapping[str, Any]]) -> dict[str, dict[st
                 "matrices": len(rows),
                 "error": fmean(s["error"] for s, _ in rows),
                 "robust_pca_error": fmean(p["robust_pca_error"] for _, p in rows),
-                "median_error_ratio": median(s["error"] / p["robust_pca_error"] for s, p in rows),
+                "median_error_ratio": median(s["error"] / max(p["robust_pca_error"], LEAST) for s, p in rows),
                 "within_20_percent": fmean(s["error"] <= 1.2 * p["robust_pca_error"] for s, p in rows),
                 "ms": fmean(s["ms"] for s, _ in rows),
                 "robust_pca_ms": fmean(p["robust_pca_ms"] for _, p in rows),
@@ -234,8 +236,8 @@ def check_output(directory: Path) -> None:
 def write(result: dict[str, Any], directory: Path) -> None:
     """analysis.json and the plots, all of them or what was there before. Refuses what `check_output` does."""
     check_output(directory)
-    with artifact.written_whole(directory) as fresh:
+    with written_whole(directory) as fresh:
         fresh.mkdir()
-        (fresh / JSON_FILE).write_text(json.dumps(result, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        (fresh / JSON_FILE).write_text(json_text(result), encoding="utf-8")
         for name, plot in analyze_plots.PLOTS.items():
             plot(result, fresh / name)

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..attention import PARTS, Geometry, Scatterbrain, parse_method
 from ..calibration.candidates import candidates_for
 from ..calibration.costs import clumped
-from ..errors import SbpatchError, one_line
+from ..errors import SbpatchError, one_line, out_of_memory
 from ..evaluation.evaluate import eager_attention
 from ..measure import elapsed_ms, peak_memory_bytes, without_launches
 from ..plan.plan import SitePlan
@@ -22,6 +22,7 @@ from ..progress import Progress, no_progress
 from ..sites.calls import Call
 from ..sites.fidelity import head_profile, output_error
 from ..sites.find import Site
+from ..sites.observe import check_finite
 
 METHODS = ("clusters", "lsh+clusters", "window+favor", "lsh+favor", "auto")
 CAUSAL_METHODS = ("blocks", "window", "sinks", "window+favor", "lsh+favor", "auto")
@@ -134,7 +135,9 @@ def call_rows(
                 said[method] = {"budget": 1.0, "chosen": "exact"}
                 continue
             call.through(layer)
-        except (SbpatchError, torch.OutOfMemoryError) as error:
+        except (SbpatchError, RuntimeError, MemoryError) as error:
+            if not (isinstance(error, SbpatchError) or out_of_memory(error)):
+                raise
             said[method] = {"budget": budget, "skipped": one_line(error)}
             continue
         said[method] = {"budget": layer.stored / geometry.row_keys}
@@ -156,7 +159,10 @@ def call_rows(
 
 def _figures(work: Mapping[str, Callable[[], Tensor]], exact: Tensor, real: Tensor | None) -> dict[str, Row]:
     times: dict[str, list[float]] = {name: [] for name in work}
+    check_finite(exact, "the attention call", "its exact output")
     errors = {name: float(output_error(run(), exact, real).mean()) for name, run in work.items()}  # also the warm-up
+    for name, error in errors.items():
+        check_finite(torch.tensor(error), f"method '{name}'", "its output error")
     names, place = list(work), exact.device
     timed = {name: without_launches(run, place) for name, run in work.items()}
     for turn in range(REPEATS):

@@ -1,0 +1,86 @@
+"""Signals that stop a command: one line, 128 + the signal's number as exit code, nothing left behind.
+
+While the command still imports, there is nothing to clean up and it ends at once. Afterwards the signal becomes an exception,
+so that what is written is removed and other processes are ended on the way out.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+AGAIN_SECONDS = 0.05  # after which a signal whose exception nobody saw comes again
+
+
+class Stopped(BaseException):
+    """A signal asked the command to stop. No `Exception`, so that nobody takes it for a failure of theirs."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(number).name}")
+        self.code = 128 + number
+
+
+def is_command() -> bool:
+    """Whether this process is the command `sbpatch` (or `python -m sbpatch.cli`), and no program that imports the library."""
+    if multiprocessing.parent_process() is not None:
+        return False
+    by_name = os.path.basename(sys.argv[0]) == "sbpatch"
+    return by_name or (sys.argv[:1] == ["-m"] and "sbpatch.cli" in sys.orig_argv)
+
+
+def end_at_once() -> None:
+    """From here on, and for `sbpatch` as a command alone, a signal ends the process with its line."""
+
+    def end(number: int, frame: FrameType | None) -> None:
+        os.write(2, f"sbpatch: {Stopped(number)}\n".encode())
+        os._exit(128 + number)
+
+    if is_command() and threading.current_thread() is threading.main_thread():  # signals are the main thread's
+        for number in SIGNALS:
+            signal.signal(number, end)
+
+
+@contextmanager
+def raising() -> Iterator[None]:
+    """Inside, a signal raises `Stopped`; where it strikes code whose exceptions Python drops, it comes once more."""
+    before = sys.unraisablehook
+
+    def dropped(what: Any) -> None:
+        if isinstance(what.exc_value, Stopped):
+            number = what.exc_value.code - 128
+            threading.Timer(AGAIN_SECONDS, os.kill, (os.getpid(), number)).start()
+        else:
+            before(what)
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise Stopped(number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    sys.unraisablehook = dropped
+    handlers = {number: signal.signal(number, stop) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        sys.unraisablehook = before
+
+
+@contextmanager
+def held_back() -> Iterator[None]:
+    """Inside, SIGINT waits, and processes started here never get it: a terminal sends it to them too."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
