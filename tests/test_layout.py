@@ -10,7 +10,7 @@ SOURCE = ROOT / "sbpatch"
 PAGE = ROOT / "docs" / "how-it-works.md"
 SHARED = {"version", "errors", "progress", "measure"}  # small modules that any package may use
 ORDER = ["version", "errors", "progress", "measure", "attention", "data", "models", "sites", "plan"]
-ORDER += ["calibration", "evaluation", "study", "cli"]
+ORDER += ["calibration", "evaluation", "training", "study", "cli"]
 
 
 def modules() -> dict[str, ast.Module]:

@@ -15,6 +15,7 @@ from ..sites.swap import PatchedSite, restore, swap
 from .plan import PLAN_FILE, Plan, patch_tensors
 
 TENSORS_FILE = "sbpatch.safetensors"
+BASE_FOLDER = "base"  # of a fine-tuned directory: the base model, from which the weights have gone away
 
 
 def patch(model: nn.Module, plan: Plan) -> nn.Module:
@@ -53,6 +54,11 @@ def read_plan(directory: Path) -> Plan:
     if not tensors and any(patch_tensors(layer) for layer in plan.layers().values()):
         raise SbpatchError(f"{path} is missing, and the plan needs the tensors in it: copy it too, or calibrate again")
     return plan
+
+
+def base_of(directory: Path) -> Path:
+    """Where the exact base model of a patched directory is: in it, or, where its weights were tuned, a folder within it."""
+    return directory / BASE_FOLDER if (directory / BASE_FOLDER).is_dir() else directory
 
 
 def load(directory: str | Path) -> nn.Module:

@@ -180,7 +180,7 @@ tags: [sbpatch, sparse-attention, low-rank-attention]
 
 # {plan.model}, patched by sbpatch
 
-The weights are those of the base model, unchanged (`model.safetensors`, SHA-256 of the base file `{plan.base_sha256}`).
+{_weights(plan)}
 `sbpatch.json` says which attention sites compute a calibrated sparse + low-rank approximation instead of the full matrix.
 
 ```python
@@ -219,6 +219,19 @@ Calibrated on {data}, seed {plan.seed}, {versions}. Stored over the patched site
     }; matrix error: the same norm of the attention matrix itself, over a few samples;
 exact ms, patched ms: of one sample, all heads; where a site stays exact, the latter is of the fastest patch.
 """
+
+
+def _weights(plan: Plan) -> str:
+    if plan.finetuned is None:
+        return (
+            "The weights are those of the base model, unchanged (`model.safetensors`, "
+            f"SHA-256 of the base file `{plan.base_sha256}`)."
+        )
+    how = ", ".join(f"{name} {value}" for name, value in plan.finetuned.items())
+    return (
+        f"The weights (`model.safetensors`) were fine-tuned with the patch in place: {how}. The base model, unchanged, is in "
+        f"`base` (SHA-256 of its file when it was calibrated `{plan.base_sha256}`). What calibration measured is of before."
+    )
 
 
 def _table_head(*names: str) -> str:
