@@ -113,7 +113,7 @@ def finetune_command(
         "model": plan.model, "dataset": samples.name, "samples": len(samples), "validation_samples": len(aside),
         "seed": seed, "device": device_name(device.resolve()), "dtype": dtype.value, "versions": versions(),
         "settings": asdict(settings) | {"lr": settings.step_size}, "processes": result.processes,
-        "trained_parameters": result.trained, "losses": result.progress.losses,
+        "trained_parameters": result.trained, "losses": result.losses,
         "validation": result.progress.validations, "best": best,
     }  # fmt: skip
     write_json(json_file, json.dumps(answer, indent=2) + "\n")

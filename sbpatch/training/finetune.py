@@ -45,6 +45,11 @@ class Result:
     state: State
 
     @property
+    def losses(self) -> list[float]:
+        """Of each step's batch, before the step."""
+        return self.progress.losses
+
+    @property
     def best(self) -> dict[str, float]:
         return self.progress.validations[self.progress.best]
 
