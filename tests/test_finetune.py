@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from test_cli import command, fails, place  # noqa: F401
-from tiny import ROOT, checkpoint_of, plan_for, refused, t2t
+from tiny import ROOT, checkpoint_of, plan_for, process, refused, t2t
 from tiny_text import bert, llama, words
 from torch import Tensor
 from transformers_coverage import plan_on
@@ -75,7 +75,8 @@ def patched(tmp_path_factory) -> Path:
 def patched_text(request, tmp_path_factory) -> tuple[Path, str]:
     """A tiny language model that predicts the next token, and one that answers with features."""
     folder = tmp_path_factory.mktemp("text")
-    (llama if request.param == "llama" else bert)().save_pretrained(folder / "plain")
+    model = llama(tie_word_embeddings=True) if request.param == "llama" else bert()
+    model.save_pretrained(folder / "plain")
     words().save_pretrained(folder / "plain")
     loaded = load_checkpoint(str(folder / "plain"), None, 24)
     plan = plan_on(loaded)
@@ -122,12 +123,20 @@ def test_one_step_lowers_the_loss_and_frozen_weights_keep_their_bits(patched, tr
     assert "pos_embed" not in moved  # a fixed table of the architecture
 
 
-def test_text_is_trained_by_its_next_tokens_and_features_by_the_exact_ones(patched_text):
+def test_text_is_trained_by_its_next_tokens_and_features_by_the_exact_ones(patched_text, tmp_path):
     folder, kind = patched_text
     settings = Settings(steps=2, batch_size=4, lr=1e-3, distill=True, checkpointing=True)
     samples = Drawn(4, "text")
-    validations = tuned(folder, settings, samples).progress.validations
+    result = tuned(folder, settings, samples)
+    validations = result.progress.validations
     assert validations[-1]["loss"] < validations[0]["loss"]
+    save(tmp_path / "out", folder, result.weights)
+    written = sbpatch.load(tmp_path / "out")
+    assert same(written.state_dict(), result.weights)
+    assert same(
+        load_checkpoint(str(tmp_path / "out" / "base")).model.state_dict(),
+        load_checkpoint(str(folder)).model.state_dict(),
+    )
     if kind == "llama":
         labelled = tuned(folder, replace(settings, distill=False), samples).progress.validations
         assert labelled[-1]["perplexity"] < labelled[0]["perplexity"]
@@ -159,6 +168,11 @@ def test_a_batch_in_pieces_gives_the_same_curve_but_for_rounding(patched):
     assert one.losses == pytest.approx(two.losses, abs=1e-4)
     line = refused(tuned, patched, replace(SEEN, accumulate=3))
     assert "multiple of 3" in line
+
+
+def test_another_precision_than_that_of_the_processs_first_run_is_refused(patched):
+    tuned(patched)
+    assert "restart" in refused(tuned, patched, replace(SEEN, dtype="bfloat16"))
 
 
 @pytest.mark.parametrize("train", [Train.all, Train.lora])
@@ -266,6 +280,19 @@ def test_what_cannot_be_tuned_is_refused_with_one_line(calibrated, capsys):
     Path("taken", "file").write_text("mine")
     assert "holds something else" in fails(capsys, *TUNE, "-o", "taken")
     assert command(*TUNE, "--epochs", "1", "--steps", "1") == 2
+
+
+@pytest.mark.slow
+def test_activations_may_be_bfloat16_while_weights_stay_float32(calibrated):
+    done = process(*TUNE, "--dtype", "bfloat16", "--json", "half.json", "--device", "cpu")
+    assert done.returncode == 0, done.stderr[-2000:]
+    half = json.loads(Path("half.json").read_text())["losses"]
+    assert command(*TUNE, "--json", "whole.json", "-o", "whole") == 0
+    whole = json.loads(Path("whole.json").read_text())["losses"]
+    assert whole != half
+    assert whole == pytest.approx(half, rel=0.1)
+    weights = load_file("out-finetuned/model.safetensors")
+    assert all(tensor.dtype == torch.float32 for tensor in weights.values() if tensor.is_floating_point())
 
 
 @pytest.mark.slow

@@ -78,8 +78,9 @@ class WildCat(Whole):
             rest = left.gather(-1, pivot)
             good = (rest > SMALLEST).to(left)
             row = k.gather(-2, pivot[..., None].expand(*pivot.shape, k.shape[-1]))
-            known = factor.gather(-2, pivot[..., None].expand(*pivot.shape, self.rank))
-            column = _gaussian(row, k).squeeze(-2) - (factor @ known.mT).squeeze(-1)
+            before = factor[..., :step]
+            known = before.gather(-2, pivot[..., None].expand(*pivot.shape, step))
+            column = _gaussian(row, k).squeeze(-2) - (before @ known.mT).squeeze(-1)
             factor[..., step] = column * good * keep / rest.clamp(min=SMALLEST).sqrt()
             left = (left - factor[..., step].square()).clamp(min=0).scatter(-1, pivot, 0)
             found.append(pivot)

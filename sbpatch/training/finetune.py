@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..data.batch import Inputs, moved, run
 from ..data.samples import Samples, batches
-from ..errors import SbpatchError
+from ..errors import SbpatchError, one_line
 from ..models.answers import Scores, kept
 from ..models.load import load_checkpoint
 from ..plan.patch import base_of, patch, read_plan
@@ -85,12 +85,15 @@ def finetune(
     """
     from accelerate import Accelerator, DistributedDataParallelKwargs  # slow to import, and only this needs it
 
-    accelerator = Accelerator(
-        cpu=device == "cpu",
-        mixed_precision=MIXED[settings.dtype],
-        gradient_accumulation_steps=settings.accumulate,
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
-    )
+    try:
+        accelerator = Accelerator(
+            cpu=device == "cpu",
+            mixed_precision=MIXED[settings.dtype],
+            gradient_accumulation_steps=settings.accumulate,
+            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+        )
+    except ValueError as error:  # a second run in one process, or a device that has no such type
+        raise SbpatchError(f"accelerate cannot run in {settings.dtype} here: {one_line(error)}") from None
     with ExitStack() as stack:
         tuning = Tuning(directory, training, validation, settings, accelerator, stack)
         keeper = State(state, tuning.identity(), writes=accelerator.is_main_process)
