@@ -223,6 +223,8 @@ def test_the_written_directory_has_the_plan_the_tuned_weights_and_the_base(patch
     save(tmp_path / "twice", tmp_path / "out", again.weights, {})
     assert same(load_file(tmp_path / "twice" / "base" / "model.safetensors"), load_file(patched / "model.safetensors"))
     assert not same(load_file(tmp_path / "twice" / "model.safetensors"), result.weights)
+    (tmp_path / "twice" / "base").rename(tmp_path / "elsewhere")
+    assert "base is missing" in refused(tuned, tmp_path / "twice", replace(SEEN, distill=True))
 
 
 def test_weights_of_another_model_are_refused(patched, tmp_path):
