@@ -33,18 +33,17 @@ def run(arguments: list[str], folder: Path) -> None:
     assert done.returncode == 0, f"{arguments}: {done.stderr[-2000:]}"
 
 
+RUN = (ROOT / "README.md", ROOT / "docs" / "finetuning.md")  # whose Python runs too; other pages show parts of programs
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "bash")], ids=lambda p: p.name)
-def test_command_lines_run(page: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "bash") or p in RUN], ids=lambda p: p.name)
+def test_command_lines_and_then_the_python_run(page: Path, tmp_path: Path) -> None:
     lines = [line for block in blocks(page, "bash") for line in block.splitlines() if line.startswith("sbpatch ")]
     assert lines
     for line in lines:
         run(["-m", "sbpatch.cli", *shlex.split(line, comments=True)[1:]], tmp_path)
-
-
-@pytest.mark.slow
-def test_python_of_the_readme_runs(tmp_path: Path) -> None:
-    for i, block in enumerate(blocks(ROOT / "README.md", "python")):
+    for i, block in enumerate(blocks(page, "python") if page in RUN else []):
         (tmp_path / f"block{i}.py").write_text(block, encoding="utf-8")
         run([f"block{i}.py"], tmp_path)
 

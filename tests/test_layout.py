@@ -19,7 +19,7 @@ SHARED = {
     "measure",
 }  # small modules that any package may use
 ORDER = ["version", "errors", "interrupts", "bounds", "reading", "writing", "progress", "measure"]
-ORDER += ["attention", "data", "models", "sites", "plan", "calibration", "evaluation", "study", "cli"]
+ORDER += ["attention", "data", "models", "sites", "plan", "calibration", "evaluation", "training", "study", "cli"]
 
 
 def modules() -> dict[str, ast.Module]:

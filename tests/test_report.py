@@ -12,6 +12,7 @@ from rich.console import Console, RenderableType
 from tiny import plan_for, t2t, vit
 
 from sbpatch.plan import report
+from sbpatch.plan.card import GREEN, model_card, plot_plan
 from sbpatch.plan.plan import Plan
 
 widths = pytest.mark.parametrize("width", [80, 200])
@@ -177,7 +178,7 @@ def test_model_card_holds_the_plan():
     plan = long_plan()
     plan.base_sha256 = "c0ffee" * 8
     plan.sites[0].exact_ms, plan.sites[0].patched_ms = 12.5, 3.125
-    card = report.model_card(plan)
+    card = model_card(plan)
     rows = {line.split("`")[1]: line for line in card.splitlines() if line.startswith("| `")}
     assert list(rows) == [site.name for site in plan.sites]
     for site in plan.sites:
@@ -211,11 +212,11 @@ def test_model_card_holds_the_plan():
 def test_model_card_of_a_text_model():
     plan = long_plan()
     plan.input_size = [512]
-    card = report.model_card(plan)
+    card = model_card(plan)
     assert "8 samples (512 tokens each) of `demo`" in card
     assert "agreement with the exact model 87.5 %" in " ".join(card.split())
     plan.check = {}
-    assert "agreement" not in report.model_card(plan)
+    assert "agreement" not in model_card(plan)
     assert "None" not in card
 
 
@@ -225,7 +226,7 @@ def test_plot_is_an_image_with_something_on_it(patched, tmp_path):
     for site in plan.sites[patched:]:
         site.decision, site.entropy = "exact", None if patched == 3 else site.entropy
     path = tmp_path / "report.png"
-    report.plot_plan(plan, path)
+    plot_plan(plan, path)
     with Image.open(path) as image:
         image.load()
         assert image.format == "PNG"
@@ -233,10 +234,10 @@ def test_plot_is_an_image_with_something_on_it(patched, tmp_path):
         assert 200 < image.height < 4000
         pixels = np.asarray(image.convert("RGB")).reshape(-1, 3)
     assert pixels.std() > 10
-    green = np.array([int(report.GREEN[i : i + 2], 16) for i in (1, 3, 5)])
+    green = np.array([int(GREEN[i : i + 2], 16) for i in (1, 3, 5)])
     assert (np.abs(pixels - green).sum(1) < 6).sum() > 100  # the bars of the errors
     first = path.read_bytes()
-    report.plot_plan(plan, path)
+    plot_plan(plan, path)
     assert path.read_bytes() == first
 
 
@@ -244,5 +245,5 @@ def test_plot_does_not_touch_pyplot(tmp_path: Path):
     import matplotlib.pyplot as plt
 
     before = plt.get_fignums()
-    report.plot_plan(long_plan(), tmp_path / "report.png")
+    plot_plan(long_plan(), tmp_path / "report.png")
     assert plt.get_fignums() == before

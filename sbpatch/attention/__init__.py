@@ -10,11 +10,13 @@ from . import (  # noqa: F401  each registers its parts
     coreset,
     favor,
     favor_variants,
+    hyperattention,
     leverage,
     linear,
     local,
     longformer,
     lsh,
+    monarch,
     nystromformer,
     pages,
     pooling,
@@ -25,6 +27,7 @@ from . import (  # noqa: F401  each registers its parts
     top_blocks,
     top_clusters,
     topk,
+    wildcat,
     window,
 )
 from .registry import PARTS, Geometry, parse_method, register

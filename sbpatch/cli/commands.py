@@ -23,6 +23,7 @@ from .calibrate import calibrate_command
 from .compare import compare_command
 from .evaluate import eval_command
 from .export import export_command
+from .finetune import finetune_command
 from .flags import err, out
 from .inspect import inspect_command
 
@@ -50,6 +51,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "compare": compare_command,
     "analyze": analyze_command,
     "bench": bench_command,
+    "finetune": finetune_command,
 }
 for name, command in COMMANDS.items():
     app.command(name)(command)

@@ -184,6 +184,23 @@ def evaluation_set(
     return tokens.passages(text, preprocessing, limit=limit)
 
 
+def training_set(loaded: Checkpoint, source: str, data_dir: Path | None = None, limit: int | None = None) -> Samples:
+    """The samples of a source's training part, or `limit` of them spread evenly: images, windows or paragraphs of a text.
+
+    Raises:
+        SbpatchError: as `evaluation_set`.
+    """
+    preprocessing = loaded.preprocessing
+    if isinstance(preprocessing, Preprocessing):
+        images = open_images(source, preprocessing, data_dir=data_dir, split="train", limit=limit)
+        images.check()
+        check_classes(loaded, images)
+        return images
+    text = texts.open_text(source, data_dir=data_dir, split="train")
+    cut = tokens.windows if loaded.answer == "next-token" else tokens.passages
+    return cut(text, preprocessing, limit=limit)
+
+
 def default_batch(loaded: Checkpoint) -> int:
     """Samples a batch: one for causal models, whose windows are long and whose logits go over a vocabulary."""
     return 1 if loaded.answer == "next-token" else 8

@@ -42,7 +42,7 @@ def attention_memory_bytes(sites: Sequence[SitePlan], variant: str, subject: Sub
     for site in sites:
         if variant == "eager":
             entries += site.entries
-        elif variant == "patched" and site.decision == "patch":
+        elif variant in VARIANTS[2:] and site.decision == "patch":
             entries += site.stored
         else:
             entries += site.heads * site.tokens

@@ -1,5 +1,8 @@
 """Accuracy or perplexity, agreement, time and peak memory of a model as it is (eager and SDPA) and patched, side by side.
 
+Of a fine-tuned directory, eager and SDPA run the base model, patched the base's weights with the patch, as it was before
+fine-tuning, and finetuned the tuned weights with the patch.
+
 Each variant lives in a process of its own, so that memory is its own; all processes are alive at once and take each batch in
 turn, so that a machine that slows down slows all of them and the ratios hold.
 """
@@ -32,14 +35,14 @@ from ..measure import elapsed_ms, peak_memory_bytes
 from ..models.answers import Kept, Scores, kept
 from ..models.checkpoint import Answer, Checkpoint
 from ..models.load import load_checkpoint
-from ..plan.patch import patch, read_plan
+from ..plan.patch import base_of, patch, read_plan
 from ..plan.plan import PLAN_FILE
 from ..progress import Progress, no_progress
 from ..sites.calls import Call
 from ..sites.find import find_sites
 from ..sites.swap import swap
 
-VARIANTS = ("eager", "sdpa", "patched")
+VARIANTS = ("eager", "sdpa", "patched", "finetuned")
 EAGER_BATCHES = 3  # that the slow eager variant runs, for its time and memory; its answers are SDPA's but for rounding
 EAGER_MS = 30_000.0  # after which it runs no further batch
 FIRST_TOKEN_BATCHES = 3  # that a causal model runs once more, for the logits of the last position alone
@@ -57,8 +60,11 @@ class Subject:
     threads: int | None = None
 
     @property
-    def patched(self) -> bool:
-        return (Path(self.model) / PLAN_FILE).is_file()
+    def variants(self) -> tuple[str, ...]:
+        """Those of `VARIANTS` that there are."""
+        if not (Path(self.model) / PLAN_FILE).is_file():
+            return VARIANTS[:2]
+        return VARIANTS[:3] if base_of(Path(self.model)) == Path(self.model) else VARIANTS
 
 
 @dataclass
@@ -109,8 +115,10 @@ def eager_attention(call: Call) -> Tensor:
 
 def build(subject: Subject, variant: str, example: Inputs) -> nn.Module:
     """The model in one of `VARIANTS`, on its device and in its dtype."""
-    model = load_checkpoint(subject.model, subject.checkpoint).model
-    if variant == "patched":
+    of_base = variant != "finetuned" and subject.variants == VARIANTS
+    name = str(base_of(Path(subject.model))) if of_base else subject.model
+    model = load_checkpoint(name, subject.checkpoint).model
+    if variant in VARIANTS[2:]:
         patch(model, read_plan(Path(subject.model)))
     dtype = getattr(torch, subject.dtype)
     model = model.to(subject.device, dtype)
@@ -217,7 +225,7 @@ def evaluate(
     """
     if not len(data):
         raise SbpatchError(f"no samples in '{data.name}' to evaluate on")
-    variants = [name for name in variants if subject.patched or name != "patched"]
+    variants = [name for name in variants if name in subject.variants]
     context = multiprocessing.get_context("spawn")
     pipes, processes = {}, []
     for variant in variants:

@@ -44,7 +44,7 @@ def kept(answer: Answer, output: Tensor, inputs: Inputs, labels: Tensor) -> Kept
     elif answer == "features":
         found = {"embedding": embedding(output, inputs)}
     else:
-        found = _tokens(output, labels if answer == "next-token" else None, _real(output, inputs))
+        found = _tokens(output, labels if answer == "next-token" else None, real_tokens(output, inputs))
     if not all(tensor.isfinite().all() for tensor in found.values()):
         raise SbpatchError("the model answers with values that are not finite: try --dtype float32")
     return {name: tensor.cpu().numpy() for name, tensor in found.items() if name != "highest"}
@@ -56,12 +56,12 @@ def embedding(features: Tensor, inputs: Inputs) -> Tensor:
     if features.ndim == 4:
         features = features.flatten(2).mT
     if features.ndim == 3:
-        weight = _real(features, inputs).to(features.dtype)[..., None]
+        weight = real_tokens(features, inputs).to(features.dtype)[..., None]
         features = (features * weight).sum(1) / weight.sum(1).clamp(min=1)
     return F.normalize(features.double(), dim=-1)
 
 
-def _real(output: Tensor, inputs: Inputs) -> Tensor:
+def real_tokens(output: Tensor, inputs: Inputs) -> Tensor:
     """Which positions of an output (B, n, ...) belong to real tokens, (B, n) bool."""
     mask = None if isinstance(inputs, Tensor) else inputs.get("attention_mask")
     if mask is None or mask.shape != output.shape[:2]:

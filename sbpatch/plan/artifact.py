@@ -12,9 +12,9 @@ from ..errors import SbpatchError
 from ..models.checkpoint import Checkpoint
 from ..reading import kind
 from ..writing import check_directory, written_whole
-from .patch import TENSORS_FILE
+from .card import model_card, plot_plan
+from .patch import BASE_FOLDER, TENSORS_FILE
 from .plan import PLAN_FILE, Plan
-from .report import model_card, plot_plan
 
 
 def check_output(directory: Path) -> None:
@@ -33,8 +33,8 @@ def check_output(directory: Path) -> None:
         raise SbpatchError(f"output directory {directory} holds something else: give another -o, or empty it")
 
 
-def save(directory: Path, checkpoint: Checkpoint, plan: Plan) -> None:
-    """Write plan, base weights (unchanged), patch tensors, model card and plot to `directory`.
+def save(directory: Path, checkpoint: Checkpoint, plan: Plan, base: Checkpoint | None = None) -> None:
+    """Write plan, weights, patch tensors, model card and plot to `directory`; `base` too, where the weights are not its own.
 
     Raises:
         SbpatchError: the directory holds something else.
@@ -42,17 +42,20 @@ def save(directory: Path, checkpoint: Checkpoint, plan: Plan) -> None:
     check_output(directory)
     with written_whole(directory) as fresh:
         fresh.mkdir()
-        _save_base(fresh, checkpoint)
+        _save_model(fresh, checkpoint)
+        if base is not None:
+            (fresh / BASE_FOLDER).mkdir()
+            _save_model(fresh / BASE_FOLDER, base)
         if plan.tensors:
             save_file({name: tensor.contiguous() for name, tensor in plan.tensors.items()}, fresh / TENSORS_FILE)
         (fresh / PLAN_FILE).write_text(plan.to_json(), encoding="utf-8")
         (fresh / "README.md").write_text(model_card(plan), encoding="utf-8")
         plot_plan(plan, fresh / "report.png")
-        for tensors in fresh.glob("*.safetensors"):
+        for tensors in fresh.rglob("*.safetensors"):
             tensors.chmod(0o644)  # safetensors makes them readable by their owner alone
 
 
-def _save_base(folder: Path, checkpoint: Checkpoint) -> None:
+def _save_model(folder: Path, checkpoint: Checkpoint) -> None:
     """The unpatched model and what prepares its inputs, so that the library it is from can load them."""
     if checkpoint.family == "transformers":
         from ..models import transformers_models  # slow to import, and only such models need it

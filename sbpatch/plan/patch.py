@@ -15,6 +15,7 @@ from ..sites.swap import PatchedSite, restore, swap
 from .plan import PLAN_FILE, Plan, patch_tensors
 
 TENSORS_FILE = "sbpatch.safetensors"
+BASE_FOLDER = "base"  # of a fine-tuned directory: the base model as it was
 
 
 def patch(model: nn.Module, plan: Plan) -> nn.Module:
@@ -53,6 +54,21 @@ def read_plan(directory: Path) -> Plan:
     if not tensors and any(patch_tensors(layer) for layer in plan.layers().values()):
         raise SbpatchError(f"{path} is missing, and the plan needs the tensors in it: copy it too, or calibrate again")
     return plan
+
+
+def base_of(directory: Path) -> Path:
+    """Where the exact base model of a patched directory is: in it, or, where its weights were tuned, in a folder within it.
+
+    Raises:
+        SbpatchError: the plan cannot be read, or the weights were tuned and the folder is missing.
+    """
+    if Plan.read(directory / PLAN_FILE).finetuned is None:
+        return directory
+    if not (directory / BASE_FOLDER).is_dir():
+        raise SbpatchError(
+            f"the weights in {directory} were tuned, and {directory / BASE_FOLDER} is missing: copy it too"
+        )
+    return directory / BASE_FOLDER
 
 
 def load(directory: str | Path) -> nn.Module:

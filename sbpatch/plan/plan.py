@@ -215,6 +215,7 @@ class Plan(BaseModel):
     allocation: str = "joint"
     max_drop: float | None = None  # what was asked for in place of a budget
     check: dict[str, float] = Field(default_factory=dict)  # of the whole model, on samples the choice did not see
+    finetuned: dict[str, Any] | None = None  # on what and how, where the weights are not the base's own any more
     sites: list[SitePlan]
     tensors: dict[str, Tensor] = Field(default_factory=dict, exclude=True)
 

@@ -14,7 +14,8 @@ from matplotlib.figure import Figure
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from ..plan.report import BLUE, GREEN, GREY, ORANGE, simple_table
+from ..plan.card import BLUE, GREEN, GREY, ORANGE
+from ..plan.report import simple_table
 
 KINDS = {"sparse_error": ("sparse", ORANGE), "low_rank_error": ("low-rank", BLUE)}
 BOTH = ("sparse + low-rank", GREEN)

@@ -11,7 +11,8 @@ from matplotlib.ticker import LogLocator, NullFormatter
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from ..plan.report import GREY, readable_bytes, simple_table
+from ..plan.card import GREY
+from ..plan.report import readable_bytes, simple_table
 
 EXACT = {"sdpa": "black", "eager": GREY}
 

@@ -20,10 +20,11 @@ from ..errors import SbpatchError
 from ..measure import elapsed_ms
 from ..models.answers import Kept, Scores, kept
 from ..models.checkpoint import Answer
+from ..plan.card import BLUE
 from ..plan.patch import patch, unpatch
 from ..plan.plan import Plan
 from ..plan.recipe import Allocation
-from ..plan.report import BLUE, QUALITY, simple_table
+from ..plan.report import QUALITY, simple_table
 from ..progress import Progress, no_progress
 
 METHODS = (

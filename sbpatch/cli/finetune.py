@@ -1,0 +1,131 @@
+"""`sbpatch finetune`: a patched directory and a data set -> one whose weights are tuned to the patch."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import JustifyMethod
+from rich.table import Table
+
+from ..measure import device_name
+from ..plan import artifact, report
+from ..plan.patch import read_plan
+from ..plan.plan import Plan, versions
+from ..training import Result, Settings, Train, finetune, save
+from ..training.samples import divided
+from .flags import (  # fmt: skip
+    DataDir,
+    Dataset,
+    Device,
+    DeviceFlag,
+    Dtype,
+    JsonFile,
+    Quiet,
+    Seed,
+    default_batch,
+    open_model,
+    out,
+    progress_bars,
+    training_set,
+    write_json,
+)
+
+
+def finetune_command(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="what calibrate or finetune wrote")],
+    dataset: Dataset,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="directory to write; default: DIR-finetuned")
+    ] = None,
+    data_dir: DataDir = None,
+    epochs: Annotated[int | None, typer.Option("--epochs", min=1, help="passes over the samples; default: 1")] = None,
+    steps: Annotated[
+        int | None, typer.Option("--steps", min=1, help="in place of epochs: updates of the weights")
+    ] = None,
+    lr: Annotated[
+        float | None, typer.Option("--lr", min=1e-12, help="largest step size of AdamW; default: by --train")
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option("--batch-size", min=1, help="samples an update; default: 8, for causal models 1")
+    ] = None,
+    accumulate: Annotated[
+        int,
+        typer.Option("--accumulate", min=1, help="pieces a batch is computed in, one after another, to save memory"),
+    ] = 1,
+    checkpointing: Annotated[
+        bool, typer.Option("--checkpointing", help="compute activations again in the backward pass, to save memory")
+    ] = False,
+    distill: Annotated[
+        bool, typer.Option("--distill", help="towards the exact model's answers, in place of labels")
+    ] = False,
+    train: Annotated[
+        Train, typer.Option("--train", help="which weights; attention: the patched sites' projections, and norms")
+    ] = Train.all,
+    lora_rank: Annotated[int, typer.Option("--lora-rank", min=1, help="of --train lora")] = 8,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="that many samples, spread evenly")] = None,
+    validation: Annotated[
+        int, typer.Option("--validation", min=1, help="of these, set aside to choose the best state by")
+    ] = 64,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="go on with the run to this output that was cut off")
+    ] = False,
+    device: DeviceFlag = Device.auto,
+    dtype: Annotated[Dtype, typer.Option("--dtype", help="of activations; weights stay float32")] = Dtype.float32,
+    seed: Seed = 0,
+    json_file: JsonFile = None,
+    quiet: Quiet = False,
+) -> None:
+    """Train the weights of a patched model, its plan kept, and write the state that was best in validation."""
+    if epochs is not None and steps is not None:
+        raise typer.BadParameter("give epochs or steps, not both", param_hint="--epochs / --steps")
+    target = output or directory.absolute().with_name(f"{directory.absolute().name}-finetuned")
+    artifact.check_output(target)
+    plan = read_plan(directory)
+    loaded = open_model(str(directory), plan=plan)
+    samples, aside = divided(training_set(loaded, dataset, data_dir, limit), validation, seed)
+    settings = Settings(
+        epochs or 1, steps, lr, batch_size or default_batch(loaded), accumulate, train, lora_rank, distill,
+        checkpointing, dtype.value, seed,
+    )  # fmt: skip
+    result = finetune(
+        directory, samples, aside, settings, device=device.resolve(),
+        state=target.absolute().with_name(f".{target.absolute().name}.finetuning"), resume=resume,
+        progress=progress_bars(quiet),
+    )  # fmt: skip
+    if not result.main:  # of several processes one writes
+        return
+    best = result.best
+    record = {
+        "dataset": samples.name, "samples": len(samples), "steps": round(best["step"]), "train": train.value,
+        "distill": distill, "lr": settings.step_size, "batch_size": settings.batch_size, "seed": seed,
+        "fingerprint": samples.fingerprint(),
+    }  # fmt: skip
+    save(target, directory, result.weights, record)
+    result.close()
+    if not quiet:
+        out.print(_table(plan, result))
+        out.print(f"written to {target}; next: sbpatch eval {target} --dataset NAME")
+    answer: dict[str, Any] = {
+        "model": plan.model, "dataset": samples.name, "samples": len(samples), "validation_samples": len(aside),
+        "seed": seed, "device": device_name(device.resolve()), "dtype": dtype.value, "versions": versions(),
+        "settings": asdict(settings) | {"lr": settings.step_size}, "processes": result.processes,
+        "trained_parameters": result.trained, "losses": result.losses,
+        "validation": result.progress.validations, "best": best,
+    }  # fmt: skip
+    write_json(json_file, json.dumps(answer, indent=2) + "\n")
+
+
+def _table(plan: Plan, result: Result) -> Table:
+    """A row a validation, the best one bold."""
+    figures = [key for key in report.QUALITY if key in result.best]
+    columns: dict[str, JustifyMethod] = {"step": "left", "loss": "right"}
+    columns |= {report.QUALITY[key][0]: "right" for key in figures}
+    table = report.simple_table(f"{plan.model}, fine-tuned", **columns)
+    for row in result.progress.validations:
+        values = [format(row[key], report.QUALITY[key][1]) for key in figures]
+        table.add_row(f"{row['step']:.0f}", f"{row['loss']:.4g}", *values, style="bold" if row is result.best else None)
+    return table
