@@ -23,14 +23,14 @@ from sbpatch.writing import beside, check_target, written_whole
 COMMANDS = {
     "calibrate": ["calibrate", "tiny.pth", "-o", "new", *QUICK],
     "calibrate again": ["calibrate", "tiny.pth", "-o", "out", *QUICK, "--seed", "1"],
-    "calibrate text": ["calibrate", "llama", "-o", "new", *QUICK[:4], "--data", "text.txt", "--keep-slow", "--method", "blocks",
-                       "--length", "512", "--samples", "1", "--quiet"],
+    "calibrate text": ["calibrate", "bert", "-o", "new", "--budget", "0.2", "--data", "text.txt", "--keep-slow",
+                       "--method", "clusters", "--length", "256", "--samples", "2", "--quiet"],
     "export copy": ["export", "out", "--format", "safetensors", "-o", "copy", "--quiet"],
     "json": ["inspect", "tiny.pth", "--json", "x.json", "--quiet"],
     "json again": ["inspect", "tiny.pth", "--json", "old.json", "--quiet"],
-    "plot": ["bench", "--lengths", "64", "--methods", "clusters", "--budget", "0.2", "--heads", "1", "--plot", "x.png", "--quiet"],
+    "plot": ["bench", "--lengths", "64", "--methods", "clusters", "--budget", "0.2", "--heads", "1",
+             "--plot", "x.png", "--quiet"],
 }  # fmt: skip
-COMMANDS["calibrate text"] = [x for x in COMMANDS["calibrate text"] if x != "unused"]
 SLOW = {
     "export pt2": ["export", "out", "-o", "x.pt2", "--quiet"],
     "export onnx": ["export", "out", "--format", "onnx", "--quiet"],
@@ -54,7 +54,7 @@ class Faults:
 
 @contextmanager
 def failing(folder: Path, at: int, number: int = errno.ENOSPC) -> Iterator[Faults]:
-    """The `at`-th attempt to open a file for writing, make a folder, sync or write the journal in `folder` fails, and all after."""
+    """In `folder` the `at`-th opening for writing, new folder, sync or write of the journal fails, and all after it."""
     faults = Faults(folder, at, number)
     real_open, real_mkdir, real_fsync, real_write = builtins.open, os.mkdir, os.fsync, os.write
 
@@ -95,12 +95,17 @@ def ends_as_it_should(capfd: pytest.CaptureFixture[str], before: dict[str, bytes
     assert tree(Path()) == before
 
 
-@pytest.mark.parametrize("at", [1, 2, 3, 5, 8])
-@pytest.mark.parametrize("name", COMMANDS)
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EIO], ids=errno.errorcode.get)
+FAULTS = [(name, at, errno.ENOSPC) for name in COMMANDS for at in (1, 2, 3, 5, 8)]
+FAULTS += [
+    (name, at, number)
+    for name in ("calibrate again", "json again")
+    for at in (1, 2)
+    for number in (errno.EROFS, errno.EDQUOT, errno.EIO, errno.EACCES)
+]
+
+
+@pytest.mark.parametrize(("name", "at", "number"), FAULTS)
 def test_the_nth_write_fails(place, capfd, name, at, number):
-    if number != errno.ENOSPC and (at > 2 or name not in ("calibrate again", "json again")):
-        pytest.skip("one reason stands for the others")
     Path("old.json").write_text("old")
     before = tree(Path())
     with failing(place, at, number) as faults:
@@ -124,24 +129,24 @@ def small_files(most: int) -> Iterator[None]:
 
 @pytest.mark.parametrize("most", [0, 100, 10_000, 100_000])
 @pytest.mark.parametrize("name", [name for name in COMMANDS if "text" not in name])
-def test_files_that_may_not_grow(place, capfd, tmp_path, name, most):
+def test_files_that_may_not_grow(place, capsys, name, most):  # capfd's own file could not grow either
     Path("old.json").write_text("old")
     before = tree(Path())
     with small_files(most):
         code = command(*COMMANDS[name])
     if code == 0:
         return  # all of it was smaller
-    ends_as_it_should(capfd, before, code)
+    ends_as_it_should(capsys, before, code)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("most", [1000, 100_000])
 @pytest.mark.parametrize("name", SLOW)
-def test_exports_on_a_full_disk(place, capfd, name, most):
+def test_exports_on_a_full_disk(place, capsys, name, most):
     before = tree(Path())
     with small_files(most):
         code = command(*SLOW[name])
-    ends_as_it_should(capfd, before, code)
+    ends_as_it_should(capsys, before, code)
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root may mount")
