@@ -64,6 +64,12 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
+def empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder with nothing in it, for what is refused before anything is read."""
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
 def place(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder to work in; nothing reaches a network."""
     shutil.copytree(made, tmp_path / "place")

@@ -42,7 +42,7 @@ FLAGS = [(verb, flag, value) for verb, flags in WHOLE.items() for flag in flags 
 
 
 @pytest.mark.parametrize(("verb", "flag", "value"), FLAGS, ids=lambda x: x[:22])
-def test_integers_that_are_none_or_too_large_are_wrong_use(place, capfd, verb, flag, value):
+def test_integers_that_are_none_or_too_large_are_wrong_use(empty, capfd, verb, flag, value):
     model = [] if verb == "bench" else ["tiny.pth"]
     more = {"eval": ["--dataset", "images"], "analyze": ["-o", "new"]}.get(verb, [])
     refused_line(capfd, verb, *model, *more, f"{flag}={value}", code=2)
@@ -50,7 +50,7 @@ def test_integers_that_are_none_or_too_large_are_wrong_use(place, capfd, verb, f
 
 @pytest.mark.parametrize("value", ["nan", "inf", "-inf", "1e400", "-1e400", "０.5", "0,5", "", "1_0", "1e1_0", "half"])
 @pytest.mark.parametrize("flag", ["--budget", "--max-drop"])
-def test_shares_that_are_none_are_wrong_use(place, capfd, flag, value):
+def test_shares_that_are_none_are_wrong_use(empty, capfd, flag, value):
     refused_line(capfd, "calibrate", "tiny.pth", f"{flag}={value}", code=2)
 
 
@@ -61,12 +61,12 @@ def test_budgets_that_are_no_share(place, capfd, value):
 
 
 @pytest.mark.parametrize("value", ["1e12", "²", "0", "-4", "1048577", "64,,64", "nan", "64;64", "１２", "1" * 5000])
-def test_lengths(place, capfd, value):
+def test_lengths(empty, capfd, value):
     assert "lengths" in refused_line(capfd, "bench", f"--lengths={value}")
 
 
 @pytest.mark.parametrize("value", ["nan", "0.1,inf", "-1", "1e400", "2", "a", "0.1,,", "０.1"])
-def test_budgets_of_a_comparison(place, capfd, value):
+def test_budgets_of_a_comparison(empty, capfd, value):
     assert "budget" in refused_line(capfd, "compare", "tiny.pth", "--dataset", "images", f"--budgets={value}")
 
 
