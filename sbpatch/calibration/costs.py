@@ -45,7 +45,7 @@ class CostTable:
         self.path, self.device, self.dtype = path, device, dtype
         self.rows: dict[str, float] = {}
         try:
-            if path is None or not path.exists():
+            if path is None or not (path.exists() or path.is_symlink()):
                 return
             found = read_json(path, "cost table")
             self.rows = {str(key): float(ms) for key, ms in found["ms"].items()}

@@ -46,7 +46,7 @@ def check_places(
         SbpatchError: they do.
     """
     paths = [Path(os.path.expanduser(given)) for given in inputs if given is not None]
-    read = [path for path in paths if os.path.lexists(path)]
+    read = [path for path in paths if os.path.exists(path)]
     written = [path for path in results if path is not None and descriptor(path) is None]
     places = [check_target(path, read) for path in written]
     if len(set(places)) < len(places):

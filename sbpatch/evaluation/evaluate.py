@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -227,6 +228,7 @@ def evaluate(
         raise SbpatchError(f"no samples in '{data.name}' to evaluate on")
     variants = [name for name in variants if name in subject.variants]
     context = multiprocessing.get_context("spawn")
+    resource_tracker.ensure_running()  # which lets through the signals that are held back below, the first time
     pipes, processes = {}, []
     for variant in variants:
         pipes[variant], theirs = context.Pipe()

@@ -64,7 +64,10 @@ def _edges(processor: Any, switch: str, key: str) -> tuple[int, ...]:
     """(height, width), or the (shortest edge,), or () where the step is left out or is another one."""
     if not getattr(processor, switch, None):
         return ()
-    size = {edge: pixels for edge, pixels in dict(getattr(processor, key)).items() if pixels is not None}
+    try:
+        size = {edge: pixels for edge, pixels in dict(getattr(processor, key)).items() if pixels is not None}
+    except (TypeError, ValueError) as error:
+        raise SbpatchError(f"{type(processor).__name__}: its {key} is no size ({one_line(error)})") from None
     if size.keys() == {"height", "width"}:
         return size["height"], size["width"]
     return (size["shortest_edge"],) if size.keys() == {"shortest_edge"} else ()

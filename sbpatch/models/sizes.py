@@ -60,8 +60,9 @@ def check_arguments(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> d
     if wrong := sorted(NOT_THE_MODELS & arguments.keys()):
         raise SbpatchError(f"config.json: model_args holds {wrong[0]}, which is no argument of the model itself")
     check_config(arguments, state)
+    largest = max((size for tensor in state.values() for size in tensor.shape), default=0)
     for key, value in _integers(arguments):
-        whole(value, f"config.json: model_args.{key}", -1, TOKENS)
+        whole(value, f"config.json: model_args.{key}", -1, max(largest, PIXELS))
     return dict(arguments)
 
 

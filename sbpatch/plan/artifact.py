@@ -73,4 +73,7 @@ def copy(directory: Path, target: Path) -> None:
     if target.resolve().is_relative_to(directory.resolve()):
         raise SbpatchError(f"cannot copy {directory} into itself: give another -o than {target}")
     with written_whole(target) as fresh:
-        shutil.copytree(directory, fresh)
+        try:
+            shutil.copytree(directory, fresh)
+        except shutil.Error as error:  # of each file that could not be copied: from, to, why
+            raise SbpatchError(f"cannot copy {error.args[0][0][0]} to {target}: {error.args[0][0][2]}") from error

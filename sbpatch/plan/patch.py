@@ -11,6 +11,8 @@ from torch import nn
 
 from ..errors import SbpatchError
 from ..models.load import load_checkpoint
+from ..models.weights import check_tensors
+from ..reading import check_folder
 from ..sites.swap import PatchedSite, restore, swap
 from .plan import PLAN_FILE, Plan, patch_tensors
 
@@ -44,12 +46,14 @@ def read_plan(directory: Path) -> Plan:
     """
     if not directory.is_dir():
         raise SbpatchError(f"no directory {directory}; `sbpatch calibrate MODEL -o {directory}` makes it")
+    check_folder(directory)
     tensors = {}
     if (path := directory / TENSORS_FILE).exists():
         try:
             tensors = load_file(path)
         except (SafetensorError, OSError) as error:
             raise SbpatchError(f"{path} cannot be read ({error}): calibrate again") from error
+        check_tensors(tensors, path)
     plan = Plan.read(directory / PLAN_FILE, tensors)
     if not tensors and any(patch_tensors(layer) for layer in plan.layers().values()):
         raise SbpatchError(f"{path} is missing, and the plan needs the tensors in it: copy it too, or calibrate again")
