@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "sbpatch"
 PAGE = ROOT / "docs" / "how-it-works.md"
 SHARED = {"version", "errors", "progress", "measure"}  # small modules that any package may use
-ORDER = ["version", "errors", "progress", "measure", "attention", "data", "models", "sites", "plan"]
+ORDER = ["version", "errors", "progress", "measure", "attention", "data", "models", "sites", "plan", "generation"]
 ORDER += ["calibration", "evaluation", "study", "cli"]
 
 
