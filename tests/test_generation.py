@@ -22,7 +22,7 @@ from sbpatch.generation.layer import CompressedLayer
 from sbpatch.generation.partition import halves
 from sbpatch.generation.settings import Settings
 
-SMALL = Settings(budget=0.5, block=4, recent=8, run=16)
+SMALL = Settings(budget=0.5, block=4, recent=8, run=16, least=0)
 NAME = cache_name(LlamaForCausalLM)
 
 
@@ -123,7 +123,7 @@ def test_a_step_is_what_its_definition_says(tokens):
 
 def test_alike_keys_cost_no_error():
     """Where the keys of every block are the same, points say all there is to say."""
-    layer = CompressedLayer(Settings(budget=0.4, block=4, recent=8, run=16))
+    layer = CompressedLayer(Settings(budget=0.4, block=4, recent=8, run=16, least=0))
     keys, values = torch.ones(1, 1, 160, 8), torch.randn(1, 1, 160, 8, generator=torch.Generator().manual_seed(1))
     layer.update(keys, values)
     new = (2 * keys[:, :, :1], values[:, :, :1])
@@ -224,10 +224,17 @@ def test_reset_and_the_choice_of_samples():
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"budget": 0}, {"budget": 1.5}, {"block": 1}, {"recent": -1}, {"run": 40}, {"run": 0}]
+    "wrong", [{"budget": 0}, {"budget": 1.5}, {"block": 1}, {"recent": -1}, {"least": -1}, {"run": 40}, {"run": 0}]
 )
 def test_settings_out_of_range_are_refused(wrong):
     assert "budget must be" in refused(Settings, **wrong)
+
+
+def test_a_short_past_is_read_whole():
+    layer, *_ = filled(120, Settings(budget=0.25, block=4, recent=8, run=16, least=200))
+    key, _ = layer.update(*tensors(1, seed=9))
+    assert type(key) is Tensor
+    assert layer.read == layer.offered > 0
 
 
 # ---- whole models
@@ -259,7 +266,7 @@ def test_a_cache_read_whole_generates_what_the_exact_one_does(way, padded):
     found = []
     for cache in (
         DynamicCache(config=model().config),
-        CompressedCache(model().config, Every(block=4, recent=8, run=16)),
+        CompressedCache(model().config, Every(block=4, recent=8, run=16, least=0)),
     ):
         torch.manual_seed(0)
         found.append(model().generate(IDS, attention_mask=mask, **{NAME: cache}, **PLAIN | WAYS[way]))

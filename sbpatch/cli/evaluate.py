@@ -9,10 +9,12 @@ from typing import Annotated
 import typer
 
 from ..data.preprocessing import TextPreprocessing
+from ..data.retrieval import NAMES as RETRIEVAL
 from ..evaluation import evaluate
 from ..plan import report
 from ..plan.patch import read_plan
 from ..plan.plan import PLAN_FILE, versions
+from .find_again import find_again
 from .flags import (  # fmt: skip
     CheckpointFile,
     DataDir,
@@ -58,6 +60,10 @@ def eval_command(
     """Accuracy or perplexity, agreement, time and memory of the model in eager mode, with SDPA, and patched, side by side."""
     plan = read_plan(Path(model)) if model == "sbpatch-out" or (Path(model) / PLAN_FILE).is_file() else None
     loaded = open_model(model, checkpoint, length=length, plan=plan)
+    if dataset in RETRIEVAL:
+        result = find_again(loaded, plan, model, dataset, data_dir, limit, seed, device.resolve(), dtype.value, quiet)
+        write_json(json_file, json.dumps(result, indent=2) + "\n")
+        return
     data = evaluation_set(loaded, dataset, data_dir=data_dir, limit=limit, stride=stride)
     batch_size = batch_size or default_batch(loaded)
     subject = evaluate.Subject(model, checkpoint, loaded.answer, device.resolve(), dtype.value)

@@ -194,7 +194,7 @@ class CompressedLayer(CacheLayerMixin):
         if real is not None and self.padding is not None:
             marks = (self.padding[1], real[:, self.blocked :], self.padding[2])
         past = step.Past(*self.memory, self.tokens, self.settings.block, *self.points, *marks)
-        best = self.settings.best(self.tokens, self.blocked)
+        best = max(self.settings.best(self.tokens, self.blocked), 1)
         self._count(self.blocked // self.settings.block + best * self.settings.block + self.tokens - self.blocked)
         return step.attend(q, past, best, self.scratch).reshape(*query.shape[:-1], -1)
 

@@ -13,6 +13,7 @@ class Settings:
 
     Attributes:
         budget: keys and values read a step, points included, as a share of the tokens in the cache; over 0, at most 1.
+        least: so many tokens are read whatever the budget: a quarter of a short past loses much and saves little; at least 0.
         block: tokens of a block, at least 2.
         recent: the latest tokens, always read exactly, at least 0.
         run: that many more may gather before they become blocks, a multiple of `block`.
@@ -25,12 +26,14 @@ class Settings:
     block: int = 32
     recent: int = 128
     run: int = 256
+    least: int = 1024
 
     def __post_init__(self) -> None:
-        if not 0 < self.budget <= 1 or self.block < 2 or self.recent < 0 or self.run < 1 or self.run % self.block:
+        run = self.block > 1 and self.run > 0 and self.run % self.block == 0
+        if not (0 < self.budget <= 1 and min(self.recent, self.least) >= 0 and run):
             raise SbpatchError(
-                f"a cache with {self}: budget must be over 0 and at most 1, block at least 2, recent at least 0, and run a "
-                "multiple of block"
+                f"a cache with {self}: budget must be over 0 and at most 1, block at least 2, recent and least at least 0, "
+                "and run a multiple of block"
             )
 
     def blocked(self, tokens: int, before: int) -> int:
@@ -39,7 +42,9 @@ class Settings:
         return before if ready < self.run else (before or self.block) + ready // self.run * self.run
 
     def best(self, tokens: int, blocked: int) -> int:
-        """Blocks that a step reads exactly; under 1 where the budget has no room for one beside points and recent tokens."""
+        """Blocks that a step reads exactly; under 1 where there is no room for one, or nothing is saved: then it reads all."""
+        if tokens <= self.least:
+            return 0
         points = blocked // self.block
-        room = int(self.budget * tokens) - points - (tokens - blocked)
+        room = max(int(self.budget * tokens), self.least) - points - (tokens - blocked)
         return min(room // self.block, points)
