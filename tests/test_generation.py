@@ -10,17 +10,23 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import refused
-from tiny_text import llama
+from tiny_text import llama, words
 from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, LlamaForCausalLM
+from transformers_coverage import plan_on
 
 import sbpatch
+from sbpatch.attention import Scatterbrain
 from sbpatch.generation import with_compressed_cache
 from sbpatch.generation.cache import CompressedCache
-from sbpatch.generation.generate import cache_name
+from sbpatch.generation.generate import cache_name, patched_layers
 from sbpatch.generation.layer import CompressedLayer
 from sbpatch.generation.partition import halves
 from sbpatch.generation.settings import Settings
+from sbpatch.models.load import load_checkpoint
+from sbpatch.plan import artifact
+from sbpatch.sites.find import find_sites
+from sbpatch.sites.swap import PatchedSite, swap
 
 SMALL = Settings(budget=0.5, block=4, recent=8, run=16, least=0)
 NAME = cache_name(LlamaForCausalLM)
@@ -317,3 +323,31 @@ def test_a_cache_made_in_inference_mode_goes_on_outside_of_it():
         ids = torch.cat([IDS, IDS[:, :more]], 1)
         with mode():
             assert own.generate(ids, **{NAME: cache}, max_new_tokens=2, pad_token_id=0).shape == (2, 152 + more)
+
+
+# ---- patched models
+
+
+@pytest.mark.parametrize("door", ["sdpa", "scatterbrain"])
+def test_a_patched_prompt_and_the_blocks_go_together(door):
+    """By both doors, with every block read exactly: what the patched model generates with an exact cache."""
+    own = llama(attn_implementation=door)
+    sites = find_sites(own, {"input_ids": IDS})
+    sizes = {"near": 8, "block": 4, "blocks": 2, "tile": 8}
+    swap(own, {s.name: PatchedSite(s.name, Scatterbrain("blocks", s.geometry, 0, **sizes)) for s in sites})
+    caches = DynamicCache(config=own.config), CompressedCache(own.config, Every(block=4, recent=8, run=16, least=0))
+    assert torch.equal(*(own.generate(IDS, **{NAME: cache}, **PLAIN) for cache in caches))
+    assert min(layer.blocked for layer in caches[1].layers) > 100
+
+
+def test_a_loaded_directory_compresses_the_layers_that_are_patched(tmp_path):
+    llama().save_pretrained(tmp_path / "base")
+    words().save_pretrained(tmp_path / "base")
+    loaded = load_checkpoint(str(tmp_path / "base"), input_size=150)
+    plan = plan_on(loaded)
+    plan.sites[1].decision, plan.sites[1].reason = "exact", "left out"
+    artifact.save(tmp_path / "out", loaded, plan)
+    own = sbpatch.load(tmp_path / "out")
+    found = own.generate(IDS, return_dict_in_generate=True, **PLAIN)[NAME]
+    assert [type(layer).__name__ for layer in found.layers] == ["CompressedLayer", "DynamicLayer"]
+    assert patched_layers(sbpatch.unpatch(own)) == []

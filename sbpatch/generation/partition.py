@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 ITERATIONS = 3  # of the power method; the cut needs a good direction, not the best one
-SAMPLE = 256  # keys of a group that the direction is found from
+SAMPLE = 64  # keys of a group that the direction is found from
 
 
 def halves(keys: Tensor, block: int, real: Tensor | None = None) -> Tensor:
