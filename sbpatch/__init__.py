@@ -12,7 +12,8 @@ end_at_once()  # the imports take seconds
 
 from .calibration.stages import calibrate
 from .errors import SbpatchError
-from .plan.patch import load, patch, unpatch
+from .generation.generate import load
+from .plan.patch import patch, unpatch
 from .plan.plan import Plan
 from .sites import interface
 from .version import __version__ as __version__

@@ -19,7 +19,8 @@ SHARED = {
     "measure",
 }  # small modules that any package may use
 ORDER = ["version", "errors", "interrupts", "bounds", "reading", "writing", "progress", "measure"]
-ORDER += ["attention", "data", "models", "sites", "plan", "calibration", "evaluation", "training", "study", "cli"]
+ORDER += ["attention", "data", "models", "sites", "plan", "generation", "calibration", "evaluation", "training"]
+ORDER += ["study", "cli"]
 
 
 def modules() -> dict[str, ast.Module]:

@@ -9,12 +9,14 @@ import typer
 
 from .. import bounds
 from ..data.preprocessing import TextPreprocessing
+from ..data.retrieval import NAMES as RETRIEVAL
 from ..evaluation import accounting, evaluate
 from ..measure import device_name
 from ..plan import report
 from ..plan.patch import read_plan
 from ..plan.plan import PLAN_FILE, versions
 from ..writing import json_text
+from .find_again import find_again
 from .flags import (  # fmt: skip
     CheckpointFile,
     DataDir,
@@ -65,6 +67,10 @@ def eval_command(
     check_places(json_file, inputs=(model, dataset, data_dir, checkpoint))
     plan = read_plan(Path(model)) if model == "sbpatch-out" or (Path(model) / PLAN_FILE).is_file() else None
     loaded = open_model(model, checkpoint, length=length, plan=plan)
+    if dataset in RETRIEVAL:
+        result = find_again(loaded, plan, model, dataset, data_dir, limit, seed, device.resolve(), dtype.value, quiet)
+        write_json(json_file, json_text(result))
+        return
     data = evaluation_set(loaded, dataset, data_dir=data_dir, limit=limit, stride=stride)
     batch_size = batch_size or default_batch(loaded)
     subject = evaluate.Subject(model, checkpoint, loaded.answer, device.resolve(), dtype.value)

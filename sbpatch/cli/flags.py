@@ -83,7 +83,10 @@ Length = Annotated[
     integer("--length", least=2, most=bounds.TOKENS, help="tokens a sample of text, where not the model's own"),
 ]
 Dataset = Annotated[
-    str, typer.Option("--dataset", help="demo, imagenet-val, cifar10; wikitext-2, python-docs; a path or a hub id")
+    str,
+    typer.Option(
+        "--dataset", help="demo, imagenet-val, cifar10; wikitext-2, python-docs, passkey, needle; a path or a hub id"
+    ),
 ]
 Source = Annotated[str | None, typer.Option("--data", help="where the sample comes from: a data set's name or path")]
 DataDir = Annotated[Path | None, typer.Option("--data-dir", help="where the data set's files are")]

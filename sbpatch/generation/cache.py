@@ -1,0 +1,59 @@
+"""A cache of transformers whose layers read a share of the past a step."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from transformers import Cache, DynamicCache, PreTrainedConfig
+from transformers.cache_utils import DynamicLayer
+
+from .layer import CompressedLayer
+from .settings import Settings
+from .step import Scratch
+
+
+class CompressedCache(Cache):
+    """Keys and values of all layers: all stored, and of each layer in `chosen` a share read a step (see `Settings`).
+
+    For any model of transformers whose attention is "sdpa" or "scatterbrain", patched or not. Layers of a sliding window or a
+    recurrent state, and those that are not chosen, are transformers' own.
+
+    Args:
+        config: of the model.
+        settings: what a step reads.
+        chosen: numbers of layers; all where it is None.
+    """
+
+    def __init__(
+        self, config: PreTrainedConfig, settings: Settings | None = None, chosen: Collection[int] | None = None
+    ) -> None:
+        self.settings = settings or Settings()
+        scratch = Scratch()
+        layers = [
+            CompressedLayer(self.settings, scratch)
+            if type(layer) is DynamicLayer and (chosen is None or number in chosen)
+            else layer
+            for number, layer in enumerate(DynamicCache(config=config).layers)
+        ]
+        super().__init__(layers=layers)
+
+    @property
+    def read_share(self) -> float | None:
+        """Keys and values that the steps so far read of what an exact cache reads; None before the first step.
+
+        Of layers that read all their tokens and the compressed ones, not of sliding windows.
+        """
+        compressed = [layer for layer in self.layers if isinstance(layer, CompressedLayer)]
+        whole = sum(type(layer) is DynamicLayer for layer in self.layers)
+        offered = sum(layer.offered for layer in compressed)
+        if not offered:
+            return None
+        beside = whole * offered / len(compressed)  # layers side by side see the same steps
+        return float((sum(layer.read for layer in compressed) + beside) / (offered + beside))
+
+    @property
+    def stored_share(self) -> float | None:
+        """Bytes that the compressed layers hold, of those of their keys and values alone; None while they are empty."""
+        pairs = [layer.stored_bytes for layer in self.layers if isinstance(layer, CompressedLayer)]
+        alone = sum(pair[1] for pair in pairs)
+        return sum(pair[0] for pair in pairs) / alone if alone else None

@@ -1,0 +1,50 @@
+"""What a step of decoding reads of a compressed cache."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..errors import SbpatchError
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a step of decoding reads.
+
+    Attributes:
+        budget: keys and values read a step, points included, as a share of the tokens in the cache; over 0, at most 1.
+        least: so many tokens are read whatever the budget: a quarter of a short past loses much and saves little; at least 0.
+        block: tokens of a block, at least 2.
+        recent: the latest tokens, always read exactly, at least 0.
+        run: that many more may gather before they become blocks, a multiple of `block`.
+
+    Raises:
+        SbpatchError: a value is out of its range.
+    """
+
+    budget: float = 0.25
+    block: int = 32
+    recent: int = 128
+    run: int = 256
+    least: int = 1024
+
+    def __post_init__(self) -> None:
+        run = self.block > 1 and self.run > 0 and self.run % self.block == 0
+        if not (0 < self.budget <= 1 and min(self.recent, self.least) >= 0 and run):
+            raise SbpatchError(
+                f"a cache with {self}: budget must be over 0 and at most 1, block at least 2, recent and least at least 0, "
+                "and run a multiple of block"
+            )
+
+    def blocked(self, tokens: int, before: int) -> int:
+        """How many of the first tokens lie in blocks, where `before` do already."""
+        ready = tokens - self.recent - (before or self.block)  # the first tokens are a block of their own
+        return before if ready < self.run else (before or self.block) + ready // self.run * self.run
+
+    def best(self, tokens: int, blocked: int) -> int:
+        """Blocks that a step reads exactly; under 1 where there is no room for one, or nothing is saved: then it reads all."""
+        if tokens <= self.least:
+            return 0
+        points = blocked // self.block
+        room = max(int(self.budget * tokens), self.least) - points - (tokens - blocked)
+        return min(room // self.block, points)
