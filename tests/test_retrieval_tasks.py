@@ -10,6 +10,7 @@ import torch
 from tiny import refused
 from tiny_text import llama, preprocessing, prose, words
 from transformers import DynamicCache
+from transformers_coverage import plan_on
 from typer.testing import CliRunner
 
 from sbpatch.cli import commands as cli
@@ -17,6 +18,8 @@ from sbpatch.data.retrieval import DEPTHS, NAMES, Task, tasks
 from sbpatch.data.texts import Text
 from sbpatch.evaluation.retrieval import retrieval
 from sbpatch.generation.cache import CompressedCache
+from sbpatch.models.load import load_checkpoint
+from sbpatch.plan import artifact
 
 TEXT = Text("prose", prose())
 
@@ -60,26 +63,21 @@ def test_an_answer_is_right_where_the_model_says_it() -> None:
         assert ("cache_read" in found) == (cache is CompressedCache)
 
 
-def test_eval_shows_the_exact_cache_beside_the_compressed_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize("patched", [False, True])
+def test_eval_shows_the_exact_cache_beside_the_compressed_one(patched: bool, tmp_path: Path) -> None:
     llama().save_pretrained(tmp_path / "model")
     words().save_pretrained(tmp_path / "model")
-    command = [
-        "eval",
-        str(tmp_path / "model"),
-        "--dataset",
-        "needle",
-        "--length",
-        "200",
-        "--limit",
-        "5",
-        "--device",
-        "cpu",
-    ]
+    if patched:
+        loaded = load_checkpoint(str(tmp_path / "model"), input_size=200)
+        artifact.save(tmp_path / "model-out", loaded, plan_on(loaded))
+    folder = tmp_path / ("model-out" if patched else "model")
+    command = ["eval", str(folder), "--dataset", "needle", "--length", "200", "--limit", "5", "--device", "cpu"]
     done = CliRunner().invoke(cli.app, [*command, "--json", str(tmp_path / "out.json")])
     assert done.exit_code == 0, done.output
     assert "cache read" in done.output
     result = json.loads((tmp_path / "out.json").read_text())
     assert result["samples"] == 5
     assert result["length"] == 200
-    assert set(result["variants"]) == {"sdpa", "compressed"}
-    assert set(result["variants"]["compressed"]["by_depth"]) == {f"{depth:g}" for depth in DEPTHS}
+    second = "patched" if patched else "compressed"
+    assert set(result["variants"]) == {"sdpa", second}
+    assert set(result["variants"][second]["by_depth"]) == {f"{depth:g}" for depth in DEPTHS}
