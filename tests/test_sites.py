@@ -14,6 +14,7 @@ from tiny import refused, t2t, vit
 from torch import Tensor, nn
 
 from sbpatch.attention import Geometry, Scatterbrain, parse_method
+from sbpatch.errors import SbpatchError
 from sbpatch.sites.calls import Call
 from sbpatch.sites.find import Site, find_sites
 from sbpatch.sites.swap import PatchedSite, restore, swap, swapped
@@ -195,7 +196,7 @@ def test_finding_leaves_the_model_as_it_was():
     sites_of(model)
     assert model.training
     assert [dict(m._forward_pre_hooks) | dict(m._forward_hooks) for m in model.modules()] == hooks
-    with pytest.raises(AssertionError):  # timm's own refusal of another image size
+    with pytest.raises(SbpatchError, match="Input height"):  # timm refuses another image size, as a cause
         sites_of(model, 32, 32)
     assert [dict(m._forward_pre_hooks) | dict(m._forward_hooks) for m in model.modules()] == hooks
 
