@@ -58,7 +58,7 @@ def bench_command(
     methods: Annotated[
         str | None, typer.Option("--methods", help="comma-separated, as compare takes them; default: a few, and auto")
     ] = None,
-    budget: Annotated[float, number("--budget", most=1, help="entries stored / entries of exact attention")] = 0.03,
+    budget: Annotated[float, number("--budget", most=1e9, help="entries stored / entries of exact attention")] = 0.03,
     heads: Annotated[int | None, integer("--heads", most=bounds.HEADS, help="without MODEL; default: 4")] = None,
     head_dim: Annotated[int | None, integer("--head-dim", most=bounds.WIDTH, help="without MODEL; default: 64")] = None,
     batch: Annotated[int, integer("--batch", most=bounds.BATCH, help="samples a call")] = 1,
