@@ -21,7 +21,7 @@ from .flags import out, progress_bars
 EACH = 4  # tasks a depth
 
 
-def find_again(
+def retrieval_figures(
     loaded: Checkpoint,
     plan: Plan | None,
     name: str,
