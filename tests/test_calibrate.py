@@ -358,11 +358,15 @@ def test_fixed_settings_are_taken_as_they_are():
         ({"method": "window"}, "window"),
         ({"method": "window", "window": 0}, "at least 1"),
         ({"method": "window+clusters", "window": 3}, "rank"),
-        ({"method": "clusters", "rank": 200}, "it must be from 0 to 64"),
+        ({"method": "clusters", "rank": 60}, "cannot be met"),
+        ({"method": "clusters", "rank": 200}, "from 0 to 64"),  # tokens of the second stage
     ],
 )
 def test_fixed_settings_that_cannot_be(setting, said):
-    assert said in refused(lambda: calibrate(t2t(), BATCHES, budget=0.2, fixed={"*": SiteSetting(**setting)}))
+    def settled() -> None:
+        calibrate(t2t(), BATCHES, budget=0.2, fixed={"*attention*": SiteSetting(**setting)})
+
+    assert said in refused(settled)
 
 
 # ---- refusals
