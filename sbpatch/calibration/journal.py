@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from ..errors import SbpatchError, system_reason
+from ..interrupts import Stopped
 from .candidates import Candidate
 
 
@@ -34,6 +35,7 @@ class Journal:
         self.path = path
         self.found: dict[str, Any] = {}
         self.note = ""
+        self.measured = False  # whether there is anything in the file to go on with
         self._file = -1
         if path is None:
             return
@@ -45,6 +47,7 @@ class Journal:
                 os.ftruncate(self._file, whole)
                 if not whole:
                     self._append(settings)
+            self.measured = bool(self.found)
         except BaseException:
             self.close()
             raise
@@ -71,12 +74,20 @@ class Journal:
         }
         with self._told():
             self._append({key: sums})
+        self.measured = True
 
     @contextmanager
-    def removed_at_the_end(self) -> Iterator[None]:
-        """Remove the file however the block ends: only a run that was killed has something to go on with."""
+    def kept_if_cut_off(self) -> Iterator[None]:
+        """Remove the file where the block is done or refused. A run that a signal stopped leaves it, with what it had measured,
+        to the next one.
+        """
         try:
             yield
+        except (Stopped, KeyboardInterrupt):
+            if self._file >= 0 and self.measured:
+                os.close(self._file)
+                self._file = -1
+            raise
         finally:
             self.close()
 

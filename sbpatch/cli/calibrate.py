@@ -131,7 +131,7 @@ def calibrate_command(
     )
     if journal.note:
         err.print(journal.note, soft_wrap=True)
-    with journal.removed_at_the_end():
+    with journal.kept_if_cut_off():
         plan = calibrate(
             loaded.model.to(where, kind),
             input_batches(loaded, data, where, kind),

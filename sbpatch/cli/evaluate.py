@@ -16,7 +16,6 @@ from ..plan import report
 from ..plan.patch import read_plan
 from ..plan.plan import PLAN_FILE, versions
 from ..writing import json_text
-from .retrieval import retrieval_figures
 from .flags import (  # fmt: skip
     CheckpointFile,
     DataDir,
@@ -38,6 +37,7 @@ from .flags import (  # fmt: skip
     progress_bars,
     write_json,
 )
+from .retrieval import retrieval_figures
 
 
 def eval_command(
@@ -68,7 +68,9 @@ def eval_command(
     plan = read_plan(Path(model)) if model == "sbpatch-out" or (Path(model) / PLAN_FILE).is_file() else None
     loaded = open_model(model, checkpoint, length=length, plan=plan)
     if dataset in RETRIEVAL:
-        result = retrieval_figures(loaded, plan, model, dataset, data_dir, limit, seed, device.resolve(), dtype.value, quiet)
+        result = retrieval_figures(
+            loaded, plan, model, dataset, data_dir, limit, seed, device.resolve(), dtype.value, quiet
+        )
         write_json(json_file, json_text(result))
         return
     data = evaluation_set(loaded, dataset, data_dir=data_dir, limit=limit, stride=stride)
