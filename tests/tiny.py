@@ -106,6 +106,7 @@ def checkpoint_of(model: T2TViT, folder: Path) -> Checkpoint:
 
 def process(*args: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     """Run `sbpatch ARGS` as users do."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "2"}
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    environment["OMP_NUM_THREADS"] = str(torch.get_num_threads())
     arguments = [sys.executable, "-m", "sbpatch.cli", *args]
     return subprocess.run(arguments, capture_output=True, text=True, env=environment, timeout=500, cwd=cwd)

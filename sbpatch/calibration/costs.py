@@ -8,6 +8,7 @@ table gives the same plan.
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import statistics
@@ -28,7 +29,8 @@ from ..writing import check_target, written_whole
 REPEATS = 5
 ROWS = 1 << 15  # query rows of all heads in a timed call, at most; 8 samples at most
 LEAST = (1 / 16, 1 / 8, 1 / 4, 1 / 2)  # shares of a row's keys that the cheapest patch reads: the first that can be had
-TOO_SLOW = 1.5  # times exact attention: measured once and not again
+TOO_SLOW = 1.5  # times exact attention: what takes more in each of LOOKS runs is not measured further
+LOOKS = 3  # one run that something else on the machine held up says nothing
 PAYS = 0.9  # of exact attention's time: what a patch must take at most, or the noise of timing decides
 
 
@@ -78,9 +80,12 @@ class CostTable:
         if key not in self.rows:
             exact = self.exact_ms(site)
             q, k, v = _inputs(site, self.device, self.dtype)
-            once = self._measured(lambda: layer(q, k, v), 1) / len(q)
-            again = once if once > TOO_SLOW * exact else self._measured(lambda: layer(q, k, v), REPEATS) / len(q)
-            self.rows[key] = min(once, again)
+            least, looks = math.inf, 0
+            while least > TOO_SLOW * exact and looks < LOOKS:
+                least, looks = min(least, self._measured(lambda: layer(q, k, v), 1) / len(q)), looks + 1
+            if least <= TOO_SLOW * exact:
+                least = min(least, self._measured(lambda: layer(q, k, v), REPEATS) / len(q))
+            self.rows[key] = least
             self._write()
         return self.rows[key]
 
