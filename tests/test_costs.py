@@ -313,16 +313,8 @@ def calibration(folder: Path, *flags: str) -> tuple[int, str, Any]:
     return done.returncode, done.stderr, json.loads(done.stdout) if done.stdout else None
 
 
-def table_of_a_process(path: Path, **exact: float) -> Path:
-    """As `written`, for a process, which has a number of threads of its own (see tiny.process)."""
-    written(path, exact={int(name[1:]): ms for name, ms in exact.items()})
-    here = f"{torch.get_num_threads()} threads"
-    path.write_text(path.read_text().replace(here, "2 threads"))
-    return path
-
-
 def test_the_commands_flags(folder):
-    table = table_of_a_process(folder / "t.json", n256=1e6, n64=1e-6, n17=1e-6)
+    table = written(folder / "t.json", exact={256: 1e6, 64: 1e-6, 17: 1e-6})
     code, said, plan = calibration(folder, "--cost-table", "t.json")
     assert code == 0, said
     assert [site["decision"] for site in plan["sites"]] == ["patch", "exact", "exact"]
@@ -333,7 +325,7 @@ def test_the_commands_flags(folder):
     assert sorted(found.rows.values())[:2] == [1e-6, 1e-6]
     assert calibration(folder, "--cost-table", "t.json") == (code, said, plan)
 
-    table_of_a_process(folder / "slow.json", n256=1e-6, n64=1e-6, n17=1e-6)
+    written(folder / "slow.json", exact={256: 1e-6, 64: 1e-6, 17: 1e-6})
     code, said, plan = calibration(folder, "--cost-table", "slow.json")
     assert (code, plan) == (1, None)
     assert said.startswith("sbpatch: nothing to patch among 3 attention sites (")
