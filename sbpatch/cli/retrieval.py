@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import JustifyMethod
 from rich.table import Table
 
 from ..data import retrieval as data
@@ -16,6 +17,7 @@ from ..measure import device_name
 from ..models.checkpoint import Checkpoint
 from ..plan.patch import patch
 from ..plan.plan import Plan, versions
+from ..plan.report import simple_table
 from .flags import out, progress_bars
 
 EACH = 4  # tasks a depth
@@ -77,10 +79,9 @@ def retrieval_figures(
 
 
 def _table(dataset: str, tokens: int, variants: dict[str, dict[str, Any]]) -> Table:
-    table = Table(title=f"{dataset}, {tokens:,} tokens: percent found, by depth")
     depths = list(next(iter(variants.values()))["by_depth"])
-    for head in ("variant", *depths, "all", "cache read", "tokens/s"):
-        table.add_column(head, justify="left" if head == "variant" else "right")
+    columns: dict[str, JustifyMethod] = dict.fromkeys((*depths, "all", "cache_read", "tokens/s"), "right")
+    table = simple_table(f"{dataset}, {tokens:,} tokens: percent found, by depth", variant="left", **columns)
     for name, figures in variants.items():
         found = [f"{figures['by_depth'][depth]:.0f}" for depth in depths]
         read = f"{figures['cache_read']:.1%}" if "cache_read" in figures else "100.0%" if name == "sdpa" else "-"
