@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from io import BytesIO
 from pathlib import Path
 
@@ -12,12 +11,11 @@ import onnxruntime
 import pytest
 import torch
 from PIL import Image
-from tiny import process, t2t
+from tiny import command, process, t2t
 from tiny_text import bert, llama, prose, words
 
 import sbpatch
 from sbpatch.calibration.costs import default_path
-from sbpatch.cli import commands as cli
 from sbpatch.data.sources import batches, open_images
 from sbpatch.data.texts import open_text
 from sbpatch.data.tokens import windows
@@ -50,19 +48,6 @@ def place(tmp_path, monkeypatch) -> Path:
 
 def files() -> dict[str, bytes]:
     return {str(p): p.read_bytes() if p.is_file() else b"" for p in sorted(Path().rglob("*"))}
-
-
-def command(*args: str) -> int:
-    """Run `sbpatch ARGS` in this process, as `main` does; the exit code."""
-    before = sys.argv
-    sys.argv = ["sbpatch", *args]
-    try:
-        cli.main()
-    except SystemExit as done:
-        return done.code or 0
-    finally:
-        sys.argv = before
-    return 0
 
 
 def fails(capsys, *args: str) -> str:

@@ -17,8 +17,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from test_cli import command, fails, place  # noqa: F401
-from tiny import ROOT, checkpoint_of, plan_for, process, refused, t2t
+from test_cli import fails, place  # noqa: F401
+from tiny import ROOT, checkpoint_of, command, plan_for, process, refused, t2t
 from tiny_text import bert, llama, words
 from torch import Tensor
 from transformers_coverage import plan_on

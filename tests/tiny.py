@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sbpatch.attention import Geometry, Scatterbrain
 from sbpatch.attention.per_head import Exact, Layer
@@ -110,3 +110,24 @@ def process(*args: str, cwd: Path | None = None) -> subprocess.CompletedProcess[
     environment["OMP_NUM_THREADS"] = str(torch.get_num_threads())
     arguments = [sys.executable, "-m", "sbpatch.cli", *args]
     return subprocess.run(arguments, capture_output=True, text=True, env=environment, timeout=500, cwd=cwd)
+
+
+def command(*args: str) -> int:
+    """Run `sbpatch ARGS` in this process, as `main` does; the exit code."""
+    from sbpatch.cli import commands  # slow to import, and few tests need it
+
+    before = sys.argv
+    sys.argv = ["sbpatch", *args]
+    try:
+        commands.main()
+    except SystemExit as done:
+        return int(done.code or 0)
+    finally:
+        sys.argv = before
+    return 0
+
+
+def exact_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """At scale 1."""
+    seen = None if mask is None else mask[:, None, None]
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v, seen, scale=1.0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -51,26 +52,22 @@ class Dtype(StrEnum):
 
 def integer(*names: str, least: int = 1, most: int, help: str | None = None) -> Any:
     """A flag that takes an integer within bounds, in the digits 0 to 9; anything else is wrong use."""
-
-    def parse(text: str | int) -> int:
-        try:
-            return bounds.integer_of(str(text), least, most)
-        except ValueError as error:
-            raise typer.BadParameter(str(error)) from None
-
-    return typer.Option(*names, parser=parse, metavar="INTEGER", help=help)
+    return _bounded(partial(bounds.integer_of, least=least, most=most), "INTEGER", names, help)
 
 
 def number(*names: str, least: float = 0, most: float, help: str | None = None) -> Any:
     """A flag that takes a finite number within bounds; anything else is wrong use."""
+    return _bounded(partial(bounds.number_of, least=least, most=most), "NUMBER", names, help)
 
-    def parse(text: str | float) -> float:
+
+def _bounded(read: Callable[[str], Any], metavar: str, names: Sequence[str], help: str | None) -> Any:
+    def parse(text: object) -> Any:
         try:
-            return bounds.number_of(str(text), least, most)
+            return read(str(text))
         except ValueError as error:
             raise typer.BadParameter(str(error)) from None
 
-    return typer.Option(*names, parser=parse, metavar="NUMBER", help=help)
+    return typer.Option(*names, parser=parse, metavar=metavar, help=help)
 
 
 Model = Annotated[str, typer.Argument(help="alias (t2t-vit-demo, t2t-vit-14), directory, checkpoint file or timm name")]

@@ -226,7 +226,8 @@ def evaluate(
     """
     if not len(data):
         raise SbpatchError(f"no samples in '{data.name}' to evaluate on")
-    variants = [name for name in variants if name in subject.variants]
+    there = subject.variants  # reads the plan
+    variants = [name for name in variants if name in there]
     context = multiprocessing.get_context("spawn")
     resource_tracker.ensure_running()  # which lets through the signals that are held back below, the first time
     pipes, processes = {}, []

@@ -2,52 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
+from tiny import exact_attention
 
-from sbpatch.attention import PARTS, Geometry, Scatterbrain
-from sbpatch.errors import SbpatchError
-from sbpatch.study.compare import METHODS
-
-SIZE = {"bucket": 5, "rank": 6}
-
-
-def exact(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-    """At scale 1."""
-    seen = None if mask is None else mask[:, None, None]
-    return torch.nn.functional.scaled_dot_product_attention(q, k, v, seen, scale=1.0)
-
-
-@pytest.mark.parametrize("n", [1, 7, 40, 81])
-@pytest.mark.parametrize("padded", [False, True])
-def test_it_agrees_with_its_dense_matrix(n: int, padded: bool, agrees: Callable[..., Scatterbrain]) -> None:
-    agrees("hyperattention", n, padded=padded, tolerance=1e-4, **SIZE)
-
-
-def test_padding_changes_nothing_and_what_cannot_work_is_refused() -> None:
-    layer = Scatterbrain("hyperattention", Geometry(40, 1, 8), 0, **SIZE)
-    q, k, v = torch.randn(3, 1, 1, 40, 8)
-    mask = torch.arange(40)[None] < 20
-    noise = torch.where(mask[0, :, None], 0, 100.0)
-    found = layer(q + noise, k + noise, v + noise, mask)
-    torch.testing.assert_close(layer(q, k, v, mask)[:, :, :20], found[:, :, :20])
-    with pytest.raises(SbpatchError, match="causal"):
-        Scatterbrain("hyperattention", Geometry(40, 1, 8, causal=True), 0, **SIZE)
-    with pytest.raises(SbpatchError, match="at least one"):
-        Scatterbrain("hyperattention", Geometry(40, 1, 8), 0, **SIZE | {"rank": 0})
-
-
-def test_it_is_tried_only_where_it_is_asked_for() -> None:
-    assert PARTS["hyperattention"].tried(Geometry(40, 1, 8), 0.9) is None
-    assert "hyperattention" not in METHODS
+from sbpatch.attention import Geometry, Scatterbrain
 
 
 def test_hyperattention_is_exact_where_a_block_holds_all_keys() -> None:
     q, k, v = torch.randn(3, 2, 2, 30, 8)
     layer = Scatterbrain("hyperattention", Geometry(30, 2, 8), 0, bucket=30, rank=4)
-    torch.testing.assert_close(layer(q, k, v, None, 1.0), exact(q, k, v), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(layer(q, k, v, None, 1.0), exact_attention(q, k, v), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("padded", [False, True])
@@ -79,6 +44,6 @@ def test_its_gradients_are_those_of_exact_attention_where_a_block_holds_all_keys
     inputs = [x.requires_grad_() for x in (q, k, v)]
     layer = Scatterbrain("hyperattention", Geometry(12, 1, 4), 0, bucket=12, rank=3)
     found, expected = (
-        torch.autograd.grad(out.square().sum(), inputs) for out in (layer(q, k, v, None, 1.0), exact(q, k, v))
+        torch.autograd.grad(out.square().sum(), inputs) for out in (layer(q, k, v, None, 1.0), exact_attention(q, k, v))
     )
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)

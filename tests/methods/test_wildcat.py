@@ -4,37 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tiny import exact_attention
 
-from sbpatch.attention import PARTS, Geometry, Scatterbrain
+from sbpatch.attention import Geometry, Scatterbrain
 from sbpatch.attention.reference import scatterbrain_matrix
-from sbpatch.errors import SbpatchError
-from sbpatch.study.compare import METHODS
-
-SIZE = {"rank": 6}
-
-
-def exact(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-    """At scale 1."""
-    seen = None if mask is None else mask[:, None, None]
-    return torch.nn.functional.scaled_dot_product_attention(q, k, v, seen, scale=1.0)
-
-
-def test_padding_changes_nothing_and_what_cannot_work_is_refused() -> None:
-    layer = Scatterbrain("wildcat", Geometry(40, 1, 8), 0, **SIZE)
-    q, k, v = torch.randn(3, 1, 1, 40, 8)
-    mask = torch.arange(40)[None] < 20
-    noise = torch.where(mask[0, :, None], 0, 100.0)
-    found = layer(q + noise, k + noise, v + noise, mask)
-    torch.testing.assert_close(layer(q, k, v, mask)[:, :, :20], found[:, :, :20])
-    with pytest.raises(SbpatchError, match="causal"):
-        Scatterbrain("wildcat", Geometry(40, 1, 8, causal=True), 0, **SIZE)
-    with pytest.raises(SbpatchError, match="at least one"):
-        Scatterbrain("wildcat", Geometry(40, 1, 8), 0, **SIZE | {"rank": 0})
-
-
-def test_it_is_tried_only_where_it_is_asked_for() -> None:
-    assert PARTS["wildcat"].tried(Geometry(40, 1, 8), 0.9) is None
-    assert "wildcat" not in METHODS
 
 
 @pytest.mark.parametrize("padded", [False, True])
@@ -42,7 +15,7 @@ def test_wildcat_is_exact_where_all_keys_are_chosen(padded: bool) -> None:
     q, k, v = torch.randn(3, 2, 2, 24, 8)
     mask = torch.rand(2, 24) > 0.3 if padded else None
     layer = Scatterbrain("wildcat", Geometry(24, 2, 8), 0, rank=24)
-    torch.testing.assert_close(layer(q, k, v, mask, 1.0), exact(q, k, v, mask), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(layer(q, k, v, mask, 1.0), exact_attention(q, k, v, mask), atol=1e-4, rtol=1e-4)
 
 
 def test_wildcat_is_exact_where_the_chosen_keys_are_all_that_differ() -> None:
@@ -51,7 +24,7 @@ def test_wildcat_is_exact_where_the_chosen_keys_are_all_that_differ() -> None:
     k = torch.randn(1, 1, 5, 8).repeat(1, 1, 8, 1)
     for rank in (5, 9):
         layer = Scatterbrain("wildcat", Geometry(40, 1, 8), 0, rank=rank)
-        torch.testing.assert_close(layer(q, k, v, None, 1.0), exact(q, k, v), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(layer(q, k, v, None, 1.0), exact_attention(q, k, v), atol=1e-4, rtol=1e-4)
 
 
 def test_wildcats_weights_are_nystroms_and_its_output_stays_in_the_range_of_the_values() -> None:
@@ -72,7 +45,7 @@ def test_wildcats_error_falls_faster_than_a_power_of_its_rank() -> None:
     errors = []
     for rank in (8, 32, 128):
         layer = Scatterbrain("wildcat", Geometry(256, 4, 4), 0, rank=rank)
-        errors.append(float((layer(q, k, v) - exact(q / 2, k, v)).norm()))
+        errors.append(float((layer(q, k, v) - exact_attention(q / 2, k, v)).norm()))
     first, second = errors[0] / errors[1], errors[1] / errors[2]
     assert 2 < first < second
 
@@ -82,6 +55,6 @@ def test_its_gradients_are_those_of_exact_attention_where_all_keys_are_chosen() 
     inputs = [x.requires_grad_() for x in (q, k, v)]
     layer = Scatterbrain("wildcat", Geometry(12, 1, 4), 0, rank=12)
     found, expected = (
-        torch.autograd.grad(out.square().sum(), inputs) for out in (layer(q, k, v, None, 1.0), exact(q, k, v))
+        torch.autograd.grad(out.square().sum(), inputs) for out in (layer(q, k, v, None, 1.0), exact_attention(q, k, v))
     )
     torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-3)

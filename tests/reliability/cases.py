@@ -5,15 +5,14 @@ from __future__ import annotations
 import faulthandler
 import re
 import signal
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny import command as command
 
-from sbpatch.cli import commands
 from sbpatch.errors import SbpatchError
 
 SECONDS = 60  # after which a case counts as hanging
@@ -36,19 +35,6 @@ def bounded(seconds: int = SECONDS) -> Iterator[None]:
         signal.alarm(0)
         faulthandler.cancel_dump_traceback_later()
         signal.signal(signal.SIGALRM, before)
-
-
-def command(*args: str) -> int:
-    """Run `sbpatch ARGS` in this process, as `main` does; the exit code."""
-    before = sys.argv
-    sys.argv = ["sbpatch", *args]
-    try:
-        commands.main()
-    except SystemExit as done:
-        return int(done.code or 0)
-    finally:
-        sys.argv = before
-    return 0
 
 
 def tree(folder: Path) -> dict[str, bytes]:
