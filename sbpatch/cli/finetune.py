@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,6 +16,7 @@ from ..plan.patch import read_plan
 from ..plan.plan import Plan, versions
 from ..training import Result, Settings, Train, finetune, save
 from ..training.samples import divided
+from ..writing import beside, json_text
 from .flags import (  # fmt: skip
     DataDir,
     Dataset,
@@ -93,7 +93,7 @@ def finetune_command(
     )  # fmt: skip
     result = finetune(
         directory, samples, aside, settings, device=device.resolve(),
-        state=target.absolute().with_name(f".{target.absolute().name}.finetuning"), resume=resume,
+        state=beside(target, "finetuning"), resume=resume,
         progress=progress_bars(quiet),
     )  # fmt: skip
     if not result.main:  # of several processes one writes
@@ -116,7 +116,7 @@ def finetune_command(
         "trained_parameters": result.trained, "losses": result.losses,
         "validation": result.progress.validations, "best": best,
     }  # fmt: skip
-    write_json(json_file, json.dumps(answer, indent=2) + "\n")
+    write_json(json_file, json_text(answer))
 
 
 def _table(plan: Plan, result: Result) -> Table:
