@@ -6,7 +6,7 @@
 A tile ranks the blocks before its near keys by mean query . mean key, as Quest (arXiv 2406.10774) ranks pages, and reads the
 `blocks` best exactly. A point is not the mean of its block: it is weighed by what the tile's mean query finds in the block
 (expansion.py), so that a single key that stands out is not lost among its neighbours, and blocks need no sorting by content.
-Query heads that share keys share a tile. Nothing is looked up pair by pair, and nothing is moved: a block is a stretch of keys.
+Query heads that share keys may share tiles. Nothing is looked up pair by pair, and nothing is moved: a block is a stretch of keys.
 """
 
 from __future__ import annotations
@@ -24,28 +24,35 @@ from .registry import Geometry, Joined, register
 
 FIRST = 4
 SHORTEST = 8  # tokens of a tile
-NEAR = (0.67, 0.34, 1.0)  # shares of the keys read exactly outside the tile that are near it, the best guess first
+SHAPES = ((1, 0.67), (2, 0.0))  # blocks to a tile, and how much of what is read exactly outside the tile is near it
 
 
-def _best_tile(site: Geometry) -> int:
+def _best_tile(n: int, group: int) -> int:
     """The power of two next to the least of tile / 2 + n / 2 tile + n / (2 tile group): own keys, points, their weighing."""
-    return 2 ** round(math.log2(site.tokens * (1 + 1 / site.group)) / 2)
+    return 2 ** round(math.log2(n * (1 + 1 / group)) / 2)
 
 
 @register("blocks")
 class Blocks(Joined):
     """Tiles of `tile` queries read `first` tokens, the `near` keys before them, `blocks` blocks of `block` keys, and points.
 
-    Within a tile, later queries take part in choosing and weighing the blocks for earlier ones.
+    Within a tile, later queries take part in choosing and weighing the blocks for earlier ones; where tiles are `shared`, so do
+    the other query heads of the same keys. Heads that look for different things lose by that, and have tiles of their own.
 
     Multiply-adds a query and head: (d + e) (tile + near + first + blocks block + m), m the points, n / 2 block on average.
     Besides, for the points (2 d + e) n / 2 tile of each head of keys.
     """
 
-    grouped = True
-
     def __init__(
-        self, site: Geometry, seed: int, near: int, block: int, blocks: int, first: int = FIRST, tile: int = 64
+        self,
+        site: Geometry,
+        seed: int,
+        near: int,
+        block: int,
+        blocks: int,
+        first: int = FIRST,
+        tile: int = 64,
+        shared: int = 1,
     ) -> None:
         super().__init__()
         if not site.causal:
@@ -58,7 +65,7 @@ class Blocks(Joined):
         if tile % block or near % block:
             raise SbpatchError(f"a tile of {tile} and {near} near keys are not whole numbers of blocks of {block}")
         self.before, self.block, self.blocks, self.first, self.tile = near, block, blocks, first, tile
-        self.group = site.group
+        self.grouped, self.group = bool(shared), site.group if shared else 1
         row = torch.arange(site.tokens)
         start = row // tile * tile
         low = (start - near).clamp(min=0)  # where the keys near the row's tile begin
@@ -66,7 +73,7 @@ class Blocks(Joined):
         exact = past.clamp(max=blocks)
         self.nnz = float((row + 1 - low + low.clamp(max=first) + exact * block).float().mean())
         self.rank = self._count(site.tokens)
-        weighed = low / (tile * site.group)  # logits of the tile's mean query, shared out among its rows
+        weighed = low / (tile * self.group)  # logits of the tile's mean query, shared out among its rows
         self.stored = float((past - exact + weighed).mean()) + 1.0
 
     @classmethod
@@ -79,24 +86,37 @@ class Blocks(Joined):
         if not site.causal:
             return []
         found: list[dict[str, int]] = []
-        tile = _best_tile(site)
-        while not found and tile >= SHORTEST:
-            for block, shares in ((tile, NEAR), (tile // 2, NEAR[:1])):
-                size = {"block": block, "first": FIRST, "tile": tile}
-                fixed = cls(site, 0, near=0, blocks=0, **size)
-                whole = int((stored - fixed.nnz - fixed.stored) / (block - 1))  # one read exactly is one point less
-                near = dict.fromkeys(round(share * whole) for share in shares if whole > 0)
-                found += [size | {"near": x * block, "blocks": whole - x} for x in near]
-            tile //= 2
+        for group in dict.fromkeys((site.group, 1)):
+            size = {"first": FIRST, "tile": _best_tile(site.tokens, group)} | (
+                {} if group == site.group else {"shared": 0}
+            )
+            while size["tile"] >= SHORTEST and not (sized := cls._shapes(stored, site, size)):
+                size["tile"] //= 2
+            found += sized
         return sorted(found, key=lambda size: -size["near"] - size["blocks"] * size["block"])  # most keys read exactly
+
+    @classmethod
+    def _shapes(cls, stored: float, site: Geometry, size: dict[str, int]) -> list[dict[str, int]]:
+        """Settings of about that size, of one tile; none where it cannot be that small."""
+        found = []
+        for part, near in SHAPES:
+            block = size["tile"] // part
+            fixed = cls(site, 0, near=0, block=block, blocks=0, **size)
+            whole = int((stored - fixed.nnz - fixed.stored) / (block - 1))  # one read exactly is one point less
+            if whole > 0:
+                found.append(
+                    size | {"near": round(near * whole) * block, "block": block, "blocks": whole - round(near * whole)}
+                )
+        return found
 
     def longer(self, times: int) -> dict[str, int]:
         """As many times the keys near and in blocks. Tiles and blocks grow with the root of the length alone, as `_best_tile`
-        does, and what a tile then reads less of itself it reads near it.
+        does, and what a tile then reads less of itself and of the first tokens it reads near it.
         """
         wider = 2 ** ((times.bit_length() - 1) // 2)
         block = self.block * wider
-        near = self.before * times + -(-self.tile * (times - wider) // (2 * block)) * block
+        less = self.tile * (times - wider) // 2 + self.first * (times - 1)
+        near = self.before * times + math.ceil(less / block) * block
         return {"near": near, "block": block, "blocks": self.blocks * times // wider, "tile": self.tile * wider}
 
     @classmethod

@@ -46,6 +46,10 @@ class Pages(Sparse):
         return -(-self.first // self.PAGE)
 
     @classmethod
+    def tried(cls, site: Geometry, entropy_ratio: float) -> str | None:
+        return "pages" if site.causal else None
+
+    @classmethod
     def sized(cls, stored: float, site: Geometry) -> dict[str, int] | None:
         window = 64 if stored >= 92 else 8
         if (
@@ -56,6 +60,9 @@ class Pages(Sparse):
         while pages < site.tokens // cls.PAGE and cls(site, 0, window, pages + 1).nnz <= stored:
             pages += 1  # by the count itself: early rows have fewer pages behind them
         return {"window": window, "pages": pages, "first": 4}
+
+    def longer(self, times: int) -> dict[str, int]:
+        return {"window": self.window * times, "pages": self.pages * times}
 
     def _best(self, q: Tensor, k: Tensor, key_mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """The best pages of each run of queries, and whether they may be read: twice (B, H, G, p)."""

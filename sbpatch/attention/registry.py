@@ -67,7 +67,7 @@ class Part(nn.Module):
 
     kind: ClassVar[Kind]
 
-    grouped: ClassVar[bool] = False  # takes k and v of fewer heads than q as they are; other parts get them repeated
+    grouped: bool = False  # takes k and v of fewer heads than q as they are; other parts get them repeated
     fitted: ClassVar[bool] = False  # `fit` takes something from the sample's queries and keys
     by_content: ClassVar[bool] = False  # sparse: finds a query's largest keys
     analysis_only: ClassVar[bool] = False  # forms the whole n x n matrix

@@ -16,6 +16,8 @@ from .window import Window
 class Sinks(Sparse):
     """The `window` keys around each query (see Window) and the first `first` tokens, StreamingLLM's attention sinks."""
 
+    grouped = True
+
     def __init__(self, site: Geometry, seed: int, window: int, first: int = 4) -> None:
         super().__init__()
         if first < 1:

@@ -20,7 +20,8 @@ def built(n: int, heads: int = 4, key_heads: int = 2, **change: int) -> Scatterb
     """With weights of the points other than their own."""
     layer = Scatterbrain("blocks", Geometry(n, heads, 8, True, key_heads=key_heads), 0, **SMALL | change)
     generator = torch.Generator().manual_seed(1)
-    layer.learned["gain"].copy_(0.3 * torch.randn(key_heads, generator=generator))
+    gain = layer.learned["gain"]
+    gain.copy_(0.3 * torch.randn(gain.shape, generator=generator))
     return layer
 
 
@@ -45,12 +46,14 @@ def defined(layer: Scatterbrain, q: Tensor, k: Tensor, v: Tensor, scale: float, 
     blocks=st.integers(0, 9),
     first=st.integers(0, 40),
     key_heads=st.sampled_from([1, 2, 4]),
+    shared=st.integers(0, 1),
     padded=st.booleans(),
 )
 def test_fast_general_and_dense_forms_agree(
-    n: int, tile: int, block: int, near: int, blocks: int, first: int, key_heads: int, padded: bool
+    n: int, tile: int, block: int, near: int, blocks: int, first: int, key_heads: int, shared: int, padded: bool
 ) -> None:
-    layer = built(n, key_heads=key_heads, tile=tile, block=block, near=near * block, blocks=blocks, first=first)
+    size = {"tile": tile, "block": block, "near": near * block, "blocks": blocks, "first": first, "shared": shared}
+    layer = built(n, key_heads=key_heads, **size)
     q, k, v = draw(n, key_heads=key_heads, seed=n)
     mask = None
     if padded:
@@ -60,6 +63,20 @@ def test_fast_general_and_dense_forms_agree(
     general = pairwise.merged(*layer.split(q, k, v, mask, 0.5), layer.gain)
     torch.testing.assert_close(found, general, atol=2e-5, rtol=1e-4)
     torch.testing.assert_close(found.double(), defined(layer, q, k, v, 0.5, mask), atol=2e-5, rtol=1e-4)
+
+
+def test_heads_with_tiles_of_their_own_are_layers_of_their_own() -> None:
+    """Query heads that share keys and look for opposite things: their mean query says nothing of either."""
+    n = 256
+    q, k, v = draw(n)
+    q = 0.2 * q + torch.tensor([1.5, -1.5, 1.5, -1.5])[:, None, None]
+    one = Geometry(n, 1, 8, True)
+    own = Scatterbrain("blocks", Geometry(n, 4, 8, True, key_heads=2), 0, **SMALL, shared=0)(q, k, v)
+    alone = [Scatterbrain("blocks", one, 0, **SMALL)(q[:, [h]], k[:, [h // 2]], v[:, [h // 2]]) for h in range(4)]
+    torch.testing.assert_close(own, torch.cat(alone, dim=1), atol=1e-6, rtol=1e-5)
+    exact = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    together = Scatterbrain("blocks", Geometry(n, 4, 8, True, key_heads=2), 0, **SMALL)(q, k, v)
+    assert float((own - exact).norm()) < 0.8 * float((together - exact).norm())
 
 
 @pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16])
