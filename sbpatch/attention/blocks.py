@@ -6,7 +6,7 @@
 A tile ranks the blocks before its near keys by mean query . mean key, as Quest (arXiv 2406.10774) ranks pages, and reads the
 `blocks` best exactly. A point is not the mean of its block: it is weighed by what the tile's mean query finds in the block
 (expansion.py), so that a single key that stands out is not lost among its neighbours, and blocks need no sorting by content.
-Query heads that share keys may share tiles. Nothing is looked up pair by pair, and nothing is moved: a block is a stretch of keys.
+Query heads that share keys may share tiles. Nothing is looked up pair by pair, nothing is moved: a block is a stretch of keys.
 """
 
 from __future__ import annotations
