@@ -6,6 +6,9 @@ consecutive keys is ranked by its mean key, as in Quest (arXiv 2406.10774) and M
 
 from __future__ import annotations
 
+import math
+from bisect import bisect_right
+
 import torch
 from torch import Tensor, nn
 
@@ -19,23 +22,28 @@ from .registry import Geometry, Sparse, register
 class Pages(Sparse):
     """The first `first` tokens, the last `window` keys, and the `pages` best pages of `PAGE` keys before those.
 
-    Runs of `GROUP` consecutive queries share their pages, ranked by mean query . mean key, and the start of their window, so
-    that no key falls between both. For causal sites; ranking computes n / (PAGE GROUP) scores a row, which are dropped at once.
+    Tiles of `tile` consecutive queries share their pages, ranked by mean query . mean key, and the start of their window, so
+    that no key falls between both. For causal sites; ranking computes n / (PAGE tile) scores a row, which are dropped at once.
+
+    Multiply-adds a query and head: (d + e) (tile + window + first + pages PAGE). Each tile's keys and values are copied beside
+    each other first, (d + e) numbers for each key of its list: the smaller the tile, the more of the time goes there.
     """
 
     PAGE = 16
-    GROUP = 16
 
-    def __init__(self, site: Geometry, seed: int, window: int, pages: int, first: int = 4) -> None:
+    def __init__(self, site: Geometry, seed: int, window: int, pages: int, first: int = 4, tile: int = 16) -> None:
         super().__init__()
         if not site.causal:
             raise SbpatchError("pages look back in a causal sequence; use top-clusters or top-blocks here")
-        if window < 1 or pages < 1 or first < 1:
-            raise SbpatchError(f"pages need a window, pages and first of at least 1, not {window}, {pages} and {first}")
+        if min(window, pages, first, tile) < 1:
+            raise SbpatchError(
+                f"pages need a window, pages, first and tile of at least 1, not {window}, {pages}, {first} and {tile}"
+            )
         self.site, self.window, self.pages, self.first, self.near = site, window, pages, first, window
+        self.tile = tile
         row = torch.arange(site.tokens)
-        start = row // self.GROUP * self.GROUP
-        low = (start - window + 1).clamp(min=0)  # where the window of the row's group begins
+        start = row // self.tile * self.tile
+        low = (start - window + 1).clamp(min=0)  # where the window of the row's tile begins
         near = row + 1 - torch.maximum(low, torch.tensor(first)).clamp(max=site.tokens)
         behind = ((low // self.PAGE) - self._skipped).clamp(min=0, max=pages)  # whole pages before it
         self.nnz = float((near.clamp(min=0) + (row + 1).clamp(max=first) + behind * self.PAGE).float().mean())
@@ -51,24 +59,29 @@ class Pages(Sparse):
 
     @classmethod
     def sized(cls, stored: float, site: Geometry) -> dict[str, int] | None:
-        window = 64 if stored >= 92 else 8
-        if (
-            not site.causal or stored < window + 28
-        ):  # 8 more keys near by, as runs share their window, 4 first, and a page
+        tile = max(16, 2 ** round(math.log2(site.tokens) / 2 - 1.5))  # 32 at 8,192 tokens, 64 at 32,768
+        least = tile // 2 + 4 + cls.PAGE  # more keys near by, as tiles share their window, first tokens, and a page
+        window = 64 if stored >= 64 + least else 8
+        if not site.causal or stored < window + least:
             return None
-        pages = 1
-        while pages < site.tokens // cls.PAGE and cls(site, 0, window, pages + 1).nnz <= stored:
-            pages += 1  # by the count itself: early rows have fewer pages behind them
-        return {"window": window, "pages": pages, "first": 4}
+
+        def pairs(pages: int) -> float:
+            return cls(
+                site, 0, window, pages, tile=tile
+            ).nnz  # the count itself: early rows have fewer pages behind them
+
+        pages = bisect_right(range(2, site.tokens // cls.PAGE + 1), stored, key=pairs) + 1
+        return {"window": window, "pages": pages, "first": 4, "tile": tile}
 
     def longer(self, times: int) -> dict[str, int]:
-        return {"window": self.window * times, "pages": self.pages * times}
+        wider = 2 ** ((times.bit_length() - 1) // 2)  # tiles grow with the root of the length, as `sized` has them
+        return {"window": self.window * times, "pages": self.pages * times, "tile": self.tile * wider}
 
     def _best(self, q: Tensor, k: Tensor, key_mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """The best pages of each run of queries, and whether they may be read: twice (B, H, G, p)."""
-        mean_q, _ = _means(q, self.GROUP, key_mask)
+        mean_q, _ = _means(q, self.tile, key_mask)
         mean_k, count = _means(k, self.PAGE, key_mask)
-        run = torch.arange(mean_q.shape[2], device=q.device)[:, None] * self.GROUP
+        run = torch.arange(mean_q.shape[2], device=q.device)[:, None] * self.tile
         page = torch.arange(mean_k.shape[2], device=q.device)
         whole = ((page + 1) * self.PAGE <= run - self.window + 1) & (page >= self._skipped)  # (G, P)
         score = (mean_q @ mean_k.mT).masked_fill(~whole | (count.mT == 0), -torch.inf)
@@ -77,24 +90,17 @@ class Pages(Sparse):
 
     def select(self, q: Tensor, k: Tensor, key_mask: Tensor | None, scale: float) -> list[Tiles]:
         n, device = q.shape[-2], q.device
-        query, slot = blocks(-(-n // self.GROUP), self.GROUP, n, device)
-        near = query[:, :1] + torch.arange(1 - self.window, self.GROUP, device=device)  # (G, window + GROUP - 1)
+        query, slot = blocks(-(-n // self.tile), self.tile, n, device)
+        start = query[:, :1]  # (G, 1)
+        own = start + torch.arange(self.tile, device=device)
+        near = start + torch.arange(1 - self.window, 0, device=device)
         head = torch.arange(min(self.first, n), device=device).expand(len(query), -1)
         index, good = self._best(q.detach().float(), k.detach().float(), key_mask)
         far = (index[..., None] * self.PAGE + torch.arange(self.PAGE, device=device)).flatten(-2)  # (B, H, G, p * PAGE)
-        lead = far.shape[:2]
-        key = torch.cat((head.expand(*lead, -1, -1), near.expand(*lead, -1, -1), far), dim=-1)
-        used = torch.cat(
-            (
-                torch.ones_like(head, dtype=torch.bool).expand(*lead, -1, -1),
-                ((near >= self.first) & (near < n)).expand(*lead, -1, -1),
-                good.repeat_interleave(self.PAGE, -1),
-            ),
-            dim=-1,
-        )
-        valid = used[..., None, :] & (key[..., None, :] <= query[..., :, None])
-        key = key.clamp(0, n - 1)
-        return [Tiles(query.expand(*lead, -1, -1), key, valid, slot.expand(*lead, -1))]
+        lists = [own, near, head, far]
+        valid = [own < n, near >= 0, head <= start - self.window, good.repeat_interleave(self.PAGE, -1)]
+        key, keep = (torch.cat([x.expand(*far.shape[:2], -1, -1) for x in xs], dim=-1) for xs in (lists, valid))
+        return [Tiles(query, key.clamp(0, n - 1), keep[..., None, :], slot, diagonal=True)]
 
     def dense(self, q: Tensor, k: Tensor, key_mask: Tensor | None) -> Tensor:
         """Row by row: the first tokens, from the start of the run's window to the row, and the run's pages."""
@@ -102,9 +108,9 @@ class Pages(Sparse):
         n = q.shape[-2]
         out = torch.zeros(*q.shape[:2], n, n, dtype=torch.bool, device=q.device)
         for i in range(n):
-            run = i // self.GROUP
+            run = i // self.tile
             out[..., i, : self.first] = True
-            out[..., i, max(0, run * self.GROUP - self.window + 1) : i + 1] = True
+            out[..., i, max(0, run * self.tile - self.window + 1) : i + 1] = True
             for b in range(q.shape[0]):
                 for h in range(q.shape[1]):
                     for page in index[b, h, run][good[b, h, run]].tolist():

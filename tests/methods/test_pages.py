@@ -28,10 +28,11 @@ def test_pages_agree_with_their_dense_reference(
     window=st.integers(1, 70),
     pages=st.integers(1, 12),
     first=st.integers(1, 40),
+    tile=st.sampled_from([1, 7, 16, 32]),
     seed=st.integers(0, 9),
 )
-def test_pairs_are_counted_as_they_are(n: int, window: int, pages: int, first: int, seed: int) -> None:
-    part = PARTS["pages"](Geometry(n, 2, 4, True), 0, window=window, pages=pages, first=first)
+def test_pairs_are_counted_as_they_are(n: int, window: int, pages: int, first: int, tile: int, seed: int) -> None:
+    part = PARTS["pages"](Geometry(n, 2, 4, True), 0, window=window, pages=pages, first=first, tile=tile)
     q, k = torch.randn(2, 1, 2, n, 4, generator=torch.Generator().manual_seed(seed))
     assert part.nnz == pytest.approx(float(part.dense(q, k, None).sum()) / (2 * n))
 
