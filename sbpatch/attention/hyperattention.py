@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from ..errors import SbpatchError
+from .core import query_mask
+from .patterns import beside
 from .registry import Geometry, Whole, register
 
 PLANES = 7  # of the hash, as in the paper's code: 128 values
@@ -19,6 +21,8 @@ class HyperAttention(Whole):
     `bucket`; a query reads the block of keys at its place exactly. Of the other keys it reads those of a sample of `rank`,
     drawn with replacement, each n / `rank` times: sums over them are unbiased.
     """
+
+    rectangular = True
 
     planes: Tensor  # (H, d, PLANES)
     draws: Tensor  # (H, rank) uniform
@@ -61,15 +65,17 @@ class HyperAttention(Whole):
         """What each query reads, its queries in blocks.
 
         Returns:
-            The query of each row (B, H, T, b); the keys it may read (B, H, T, b + m), of its block and of the sample;
-            logarithms of the entries (B, H, T, b, b + m), -inf where a key is not read; the row of each query (B, H, n).
+            The query of each row (B, H, T, g); the keys it may read (B, H, T, b + m), of its block and of the sample;
+            logarithms of the entries (B, H, T, g, b + m), -inf where a key is not read; the row of each query (B, H, n).
         """
         n, size = k.shape[-2], self.bucket
         blocks = math.ceil(n / size)
         padding = None if key_mask is None else ~key_mask
-        of_query, of_key = self._order(q, padding), self._order(k, padding)
+        hidden = None if query_mask(q, key_mask, k) is None else padding
+        of_query, of_key = self._order(q, hidden), self._order(k, padding)
+        row, spot = beside(q.shape[-2], n, size, q.device)
         place = torch.arange(blocks * size, device=q.device)
-        query, key = (order[..., place.clamp(max=n - 1)].unflatten(-1, (blocks, size)) for order in (of_query, of_key))
+        query, key = of_query[..., row], of_key[..., place.clamp(max=n - 1)].unflatten(-1, (blocks, size))
         past = (place >= n).view(blocks, size)
         real = (
             torch.full((q.shape[0], 1, 1), n, device=q.device) if key_mask is None else key_mask.sum(-1)[:, None, None]
@@ -87,7 +93,7 @@ class HyperAttention(Whole):
         if padding is not None:
             unread = unread | padding[:, None].expand(*of_key.shape).gather(-1, keys.flatten(-2)).view_as(keys)
         entries = (entries + weight[:, :, None, None].to(entries)).masked_fill(unread[..., None, :], -torch.inf)
-        places = torch.zeros_like(of_query).scatter(-1, of_query, place[:n].expand_as(of_query))
+        places = torch.zeros_like(of_query).scatter(-1, of_query, spot.expand_as(of_query))
         return query, keys, entries, places
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, scale: float) -> Tensor:
