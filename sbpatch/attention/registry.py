@@ -78,7 +78,9 @@ class Part(nn.Module):
 
     grouped: ClassVar[bool] = False  # takes k and v of fewer heads than q as they are; other parts get them repeated
     fitted: ClassVar[bool] = False  # `fit` takes something from the sample's queries and keys
-    rectangular: ClassVar[bool] = False  # takes queries and keys of different numbers; other parts assume the same tokens
+    rectangular: ClassVar[bool] = (
+        False  # takes queries and keys of different numbers; other parts assume the same tokens
+    )
     by_content: ClassVar[bool] = False  # sparse: finds a query's largest keys
     analysis_only: ClassVar[bool] = False  # forms the whole n x n matrix
     learned: ClassVar[tuple[str, ...]] = ()  # buffers, one number a head, that calibration tunes (factors, 1 at first)

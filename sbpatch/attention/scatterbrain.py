@@ -39,8 +39,8 @@ class Scatterbrain(nn.Module):
         sparse, low_rank = parse_method(method)
         if not fits(method, site):
             raise SbpatchError(
-                f"'{method}' takes queries and keys of the same tokens, and here {site.queries} queries read {site.tokens} keys: "
-                "take a method that goes by content alone, such as clusters or coreset"
+                f"'{method}' takes queries and keys of the same tokens, and here {site.queries} queries read {site.tokens} "
+                "keys: take a method that goes by content alone, such as clusters or coreset"
             )
         self.method, self.site, self.parameters_used = method, site, dict(parameters)
         self.naive = method.startswith(NAIVE)  # the paper's baseline: L + exp(q.k) on the support, counted twice there

@@ -12,7 +12,7 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from ..plan.card import GREY
-from ..plan.report import readable_bytes, simple_table
+from ..plan.report import SHAPE_EXPLAINED, readable_bytes, shape, simple_table
 
 EXACT = {"sdpa": "black", "eager": GREY}
 
@@ -24,7 +24,8 @@ def table(rows: Sequence[Mapping[str, Any]], title: str) -> RenderableType:
         error="right",
     )  # fmt: skip
     for row in rows:
-        tokens = f"{row['sites']} x {row['tokens']}" if "sites" in row else str(row["tokens"])
+        tokens = shape(row["tokens"], row.get("queries"))
+        tokens = f"{row['sites']} x {tokens}" if "sites" in row else tokens
         if "skipped" in row:
             listed.add_row(row["method"], tokens, f"{row['budget']:.4f}", "skipped", style="dim")
             continue
@@ -36,6 +37,8 @@ def table(rows: Sequence[Mapping[str, Any]], title: str) -> RenderableType:
         )  # fmt: skip
     reasons = dict.fromkeys(f"{row['method']}: {row['skipped']}" for row in rows if "skipped" in row)
     meaning = "budget: entries stored / n (causal: / (n + 1) / 2) · SDPA, eager: times faster than these"
+    if any("queries" in row for row in rows):
+        meaning += f" · {SHAPE_EXPLAINED}"
     if any("sites" in row for row in rows):
         meaning += " · 4 x 197: four sites of 197 tokens; ms: their sum, peak: the largest"
     return Group(listed, *(Text(reason, style="dim") for reason in reasons), Text(meaning, style="dim"))
