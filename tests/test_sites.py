@@ -178,7 +178,7 @@ sdpa = nn.functional.scaled_dot_product_attention
         (lambda x: sdpa(x, x[:, :, :4], x[:, :, :4], is_causal=True), "causal attention of 9 queries against 4 keys"),
         (lambda x: sdpa(x[:, :, :1], x, x), "1 query against 9 keys"),
         (lambda x: torch.bmm(torch.bmm(x[:, 0], x[:, 1].mT).softmax(-1), x[:, 1]), None),
-        (lambda x: torch.bmm(x[0], x[0].mT).softmax(-1) @ x[0], "2 matrices for 1 samples"),
+        (lambda x: torch.bmm(x[0], x[0].mT).softmax(-1) @ x[0], "a softmax of its own"),
         (lambda x: sdpa(x[:, 0], x[:, 0], x[:, 0]), "3-D queries"),
         (lambda x: sdpa(x[0], x[0], x[0]) + sdpa(x[:1, None], x[:1, None], x[:1, None])[0, 0], "3-D queries"),
         (lambda x: sdpa(x[:, None], x[:, None], x[:, None])[:, 0], "windows of 9 tokens"),

@@ -133,7 +133,10 @@ class Redirect(TorchFunctionMode):
             self.attending = False
 
     def _attend_product(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        return self.attend(Call(query, key, value, scale=scale))
+        if query.ndim == 4:
+            return self.attend(Call(query, key, value, scale=scale))
+        q, k, v = (x[:, None] for x in (query, key, value))  # one head
+        return self.attend(Call(q, k, v, scale=scale))[:, 0].contiguous()  # as bmm gives it
 
 
 # -- nn.MultiheadAttention -------------------------------------------------------------------------------------------

@@ -88,6 +88,11 @@ class Probe(Redirect):
         else:
             known.append(found)
 
+    def _attend_product(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        if query.ndim == 3 and len(query) != self.samples:
+            raise ValueError("heads or windows folded into the batch")  # the module is left as it is, see `_as_calls`
+        return super()._attend_product(query, key, value, scale)
+
     def _note(self, call: Call) -> Tensor:
         q, k, v = call.query, call.key, call.value
         reason, causal = self._unsupported(call), call.causality()
@@ -120,14 +125,13 @@ class Probe(Redirect):
             found = Found(key.shape[0], heads, width // heads, unsupported=reason, by_hand=True)
             self._add(self.running[-1], found)
 
-    def _unsupported(self, call: Call) -> str | None:
+    @staticmethod
+    def _unsupported(call: Call) -> str | None:
         """Why a call cannot be patched, or None."""
         q, k, v = call.query, call.key, call.value
         if q.ndim != 4:
             windows = f"attention in windows of {k.shape[-2]} tokens, " if q.ndim > 4 else ""
             return f"{windows}{q.ndim}-D queries where (B, H, n, d) is meant"
-        if q.shape[1] == 1 and len(q) != self.samples:
-            return f"{len(q)} matrices for {self.samples} samples: heads or windows folded into the batch"
         if len(k) != len(q) or q.shape[1] % k.shape[1] or v.shape[:2] != k.shape[:2]:
             return f"{k.shape[1]} key heads for {q.shape[1]} query heads"
         causal = call.causality()

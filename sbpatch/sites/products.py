@@ -54,10 +54,7 @@ class Product:
     def matmul(self, other: Tensor) -> Tensor:
         if not self.weights or self.transposed or other.ndim != self.query.ndim:
             return torch.matmul(self.tensor(), other)
-        if other.ndim == 4:
-            return self.attend(self.query, self.key, other, self.scale)
-        q, k, v = (x[:, None] for x in (self.query, self.key, other))
-        return self.attend(q, k, v, self.scale)[:, 0].contiguous()  # as bmm gives it
+        return self.attend(self.query, self.key, other, self.scale)
 
     __matmul__ = matmul
 
