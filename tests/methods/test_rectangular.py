@@ -21,6 +21,7 @@ SIZES: dict[str, dict[str, int]] = {
     "favor-iid": {"rank": 6},
     "favor-iid-cosh": {"rank": 6},
     "hyperattention": {"bucket": 5, "rank": 4},
+    "kdeformer": {"bucket": 5, "rank": 4},
     "leverage": {"keys": 5},
     "linear": {},
     "lsh": {"bucket": 5, "rounds": 2},
@@ -29,10 +30,12 @@ SIZES: dict[str, dict[str, int]] = {
     "random": {"keys": 4},
     "reformer": {"bucket": 5, "rounds": 2},
     "strided": {"keys": 5},
+    "thinformer": {"rank": 6},
     "top-clusters": {"probes": 2, "group": 4},
     "topk": {"keys": 6},
     "wildcat": {"rank": 6},
 }
+BY_VALUES = {"kdeformer", "thinformer"}  # what they read depends on the values: their own tests have it
 JOINED = ("lsh+clusters", "top-clusters+coreset", "leverage+favor", "topk+pooling", "naive:lsh+favor")
 POSITIONS = sorted({name for name, part in PARTS.items() if not part.rectangular})
 
@@ -50,7 +53,7 @@ def test_every_part_says_whether_it_takes_them() -> None:
 
 @settings(max_examples=8)
 @given(rows=st.integers(1, 50), keys=st.integers(1, 50), padded=st.booleans(), seed=st.integers(0, 9))
-@pytest.mark.parametrize("method", [*SIZES, *JOINED])
+@pytest.mark.parametrize("method", sorted({*SIZES, *JOINED} - BY_VALUES))
 def test_it_agrees_with_its_dense_reference(method: str, rows: int, keys: int, padded: bool, seed: int) -> None:
     torch.manual_seed(seed)
     if "leverage" in method:
@@ -116,8 +119,6 @@ def test_whole_support_is_exact_attention() -> None:
     "method", ["clusters", "coreset", "lsh+clusters", "top-clusters+clusters", "kdeformer", "thinformer"]
 )
 def test_it_has_gradients(method: str) -> None:
-    if method not in PARTS and "+" not in method:
-        pytest.skip("not registered")
     inputs = [torch.randn(1, 1, n, 8).requires_grad_() for n in (24, 10, 10)]
     layer = Scatterbrain(method, Geometry(10, 1, 8, queries=24), 0, **sizes(method))
     for gradient in torch.autograd.grad(layer(*inputs).square().sum(), inputs):
