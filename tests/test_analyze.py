@@ -127,11 +127,25 @@ def test_regimes_of_theorem_1_come_in_their_order():
 
 
 def test_process_has_clusters():
-    q = oracles.process_queries(n=64, cluster=4, width=256, spread=0.1, seed=0)
+    """Of squared norm near sqrt(d): d numbers of variance (1 + delta) / sqrt(d) each."""
+    q = oracles.process_queries(n=64, cluster=4, width=256, delta=0.01, seed=0)
     product = q @ q.mT
     own = torch.block_diag(*[torch.ones(4, 4)] * 16).bool()
-    assert product[own].min() > 0.7
-    assert product[~own].abs().max() < 0.4
+    assert product.diagonal().mean() == pytest.approx(16 * 1.01, rel=0.03)
+    assert product[own].min() > 0.7 * 16
+    assert product[~own].abs().max() < 0.4 * 16
+    far = oracles.process_queries(n=64, cluster=4, width=256, delta=4.0, seed=0)
+    assert far.square().sum(-1).mean() == pytest.approx(16 * 5, rel=0.03)
+
+
+def test_process_has_the_papers_orders():
+    log_n = math.log(oracles.PROCESS["n"])
+    assert oracles.PROCESS["width"] == pytest.approx(16 * log_n**1.5, abs=0.5)
+    assert oracles.PROCESS["delta"] == pytest.approx(0.1 / log_n**0.25)
+    product = oracles.process_queries(**oracles.PROCESS, seed=3)
+    product = product @ product.mT
+    own = torch.block_diag(*[torch.ones(4, 4)] * 64).bool()
+    assert product[own].min() > product[~own].max()
 
 
 # ---- the whole

@@ -20,7 +20,7 @@ from .oracles import PROCESS, SHARE, process_queries, rank_for
 
 ENTRY_METHODS = ("favor", "lsh", "window", "lsh+favor", "window+favor")
 ENTRY_SEEDS, ENTRY_SAMPLES, ENTRY_BINS = 4, 2, 16
-ENTRY_BETA = 1.0  # of Process 1 there
+ENTRY_BETA = PROCESS["width"] ** -0.5  # of Process 1 there: squared norms of sqrt(beta) Q are about 1
 FEATURE_DRAWS = 8
 Case = tuple[Tensor, Tensor, Geometry]  # q, k (1, 1, n, d) with logits q.k
 
@@ -50,7 +50,7 @@ def row_parameters(rank: int, site: Geometry) -> float:
 
 def process_case(seed: int) -> Case:
     """Queries of Process 1, which are its keys too."""
-    q = process_queries(**PROCESS, seed=seed)[None, None].float() * math.sqrt(ENTRY_BETA)  # type: ignore[arg-type]
+    q = process_queries(**PROCESS, seed=seed)[None, None].float() * math.sqrt(ENTRY_BETA)
     return q, q, Geometry(q.shape[-2], 1, q.shape[-1])
 
 
