@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -169,11 +170,17 @@ def test_result_measures_every_head(result):
 
 
 def test_both_parts_are_best_by_entry_where_the_paper_says_so(result):
-    """On Process 1 FAVOR+ is better for small q.k, a sparse part for large, and both together good at either end."""
-    process = result["entries"][0]
-    assert process["site"] == "Process 1"
-    small, large = 0, len(process["qk"]) - 2
-    mse = {name: [x if x is not None else math.nan for x in values] for name, values in process["mse"].items()}
+    """On Process 1 FAVOR+ is better for small q.k, a sparse part for large, and both together good at either end.
+
+    Medians over seeds: with one of the five a draw of FAVOR+ is far off.
+    """
+    assert result["entries"][0]["site"] == "Process 1"
+    seeds = [entries.single_entries("Process 1", [entries.process_case(seed)], seed) for seed in range(5)]
+    small, large = 0, len(seeds[0]["qk"]) - 2
+    mse = {
+        name: {place: statistics.median(one["mse"][name][place] for one in seeds) for place in (small, large)}
+        for name in entries.ENTRY_METHODS
+    }
     assert mse["favor"][small] < 0.5 * mse["lsh"][small]
     assert mse["lsh"][large] < 0.5 * mse["favor"][large]
     assert mse["lsh+favor"][small] < 0.9 * mse["lsh"][small]
