@@ -112,7 +112,8 @@ class Scatterbrain(nn.Module):
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None, scale: float | None = None
     ) -> Tensor:
-        """q, k (B, H, n, d), v (B, H, n, e), key_mask (B, n) bool with True for real keys -> (B, H, n, e) in q's dtype.
+        """q (B, H, n_q, d), k (B, H, n, d), v (B, H, n, e), key_mask (B, n) bool with True for real keys -> (B, H, n_q, e) in
+        q's dtype. n_q is n unless all parts are `rectangular`.
 
         k and v may have fewer heads than q, each shared by a run of query heads (grouped queries). A query that no real key
         is left for gets zeros, as in PyTorch's own attention.
