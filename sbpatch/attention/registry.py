@@ -71,8 +71,8 @@ class Part(nn.Module):
     """What every part of a method declares; its subclass is the method's one file. The defaults are those of most parts.
 
     The four kinds below add one function each: `select`, which computes no attention (see core.py), or `forward`. It takes
-    q (B, H, n, d), k (B, H, n, d) and v (B, H, n, e) as the model has them, the logits being scale q.k; key_mask (B, n), True for
-    real keys. A `rectangular` part also takes other numbers of queries, and gives as many rows.
+    q, k (B, H, n, d) and v (B, H, n, e) as the model has them, the logits being scale q.k; key_mask (B, n), True for real keys.
+    A `rectangular` part also takes other numbers of queries than of keys, and gives as many rows.
     """
 
     kind: ClassVar[Kind]
