@@ -242,8 +242,7 @@ def test_figures_of_a_call_are_those_of_its_matrix() -> None:
 
 def test_accounting_counts_pairs_of_queries_and_keys() -> None:
     site = SitePlan.of(Site("a", "A", Geometry(64, 2, 8, queries=256)), "exact", "")
-    subject = Subject.__new__(Subject)
-    object.__setattr__(subject, "dtype", "float32")
+    subject = Subject("tiny")
     assert attention_memory_bytes([site], "eager", subject) == 4 * 2 * 256 * 64
     assert attention_memory_bytes([site], "sdpa", subject) == 4 * 2 * 256
     large = site.model_copy(update={"queries": 1 << 16, "tokens": 1 << 14})

@@ -95,7 +95,7 @@ class Thinformer(Whole):
 
 def _merges(n: int) -> int:
     """How often four can be joined, beginning with stretches of `LEAST` keys at least."""
-    return int(math.log(max(n / LEAST, 1), 4))
+    return (max(n // LEAST, 1).bit_length() - 1) // 2
 
 
 class _Walk:

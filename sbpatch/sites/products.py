@@ -106,7 +106,8 @@ for _name in ("add", "sub", "neg", "getitem", "gt", "lt"):
 
 def product(attend: Attend, func: Any, args: Any, kwargs: Any) -> Any:
     """What `func` gives where it makes or continues a `Product`; NotImplemented where it has nothing to do with one."""
-    if func in MATMULS and len(args) == 2 and isinstance(args[0], Tensor) and isinstance(args[1], Tensor):
+    two = len(args) == 2 and not kwargs and isinstance(args[0], Tensor) and isinstance(args[1], Tensor)
+    if func in MATMULS and two:
         first, second = args
         if (
             first.ndim == second.ndim == 4
@@ -115,7 +116,7 @@ def product(attend: Attend, func: Any, args: Any, kwargs: Any) -> Any:
         ):
             return Product(attend, first, second.mT)
         return NotImplemented
-    if func in BATCHED and len(args) == 2 and all(isinstance(x, Tensor) for x in args):
+    if func in BATCHED and two:
         return Product(attend, args[0], args[1].mT)
     given = (*args, *kwargs.values(), *(args[0] if args and isinstance(args[0], (list, tuple)) else ()))
     if not any(isinstance(x, Product) for x in given):
