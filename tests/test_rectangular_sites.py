@@ -131,6 +131,31 @@ def test_a_module_that_uses_its_weights_otherwise_is_left_as_it_is() -> None:
     assert torch.equal(model(x), expected)
 
 
+def test_another_product_of_a_patched_module_is_multiplied_out() -> None:
+    """What it puts out is a tensor, whether or not anything was done with the product."""
+
+    class Two(nn.Module):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            read = F.scaled_dot_product_attention(x[:, None], x[:, None], x[:, None])[:, 0]
+            return torch.bmm(read, x.mT), torch.bmm(x, read.mT).transpose(1, 2)
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.two = Two()
+
+        def forward(self, x: Tensor) -> Tensor:
+            one, other = self.two(x)
+            return one + other
+
+    model, x = Model(), torch.randn(2, 9, 4)
+    (site,) = find_sites(model, x)
+    expected = model(x)
+    with swapped(model, {site.name: Call.exact}):
+        assert all(isinstance(y, Tensor) for y in model.two(x))
+        torch.testing.assert_close(model(x), expected)
+
+
 def test_the_packages_own_biggan_is_found() -> None:
     biggan = pytest.importorskip("pytorch_pretrained_biggan", reason="pytorch-pretrained-biggan is not installed")
     config = biggan.BigGANConfig(

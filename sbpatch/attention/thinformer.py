@@ -128,9 +128,9 @@ class _Walk:
         place = (self.used + torch.arange(many, device=index.device)) % self.draws.shape[-1]
         draw = self.draws[:, place].unflatten(-1, (-1, pairs)).double()  # (H, G, p)
         self.used += many
-        alone = real[..., 0::2] != real[..., 1::2]  # of two, where the other is none
-        keep_first = torch.where(alone, real[..., 0::2] > 0, _signs(inner, draw) < 0)
-        return torch.where(keep_first, index[..., 0::2], index[..., 1::2])
+        first, second = real[..., 0::2] > 0, real[..., 1::2] > 0  # where one of the two is none, the other one is kept
+        draw = draw.masked_fill(first & ~second, torch.inf).masked_fill(second & ~first, -torch.inf)
+        return torch.where(_signs(inner, draw) < 0, index[..., 0::2], index[..., 1::2])
 
 
 def _signs(inner: Tensor, draw: Tensor) -> Tensor:

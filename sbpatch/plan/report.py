@@ -20,7 +20,7 @@ COLUMNS_EXPLAINED = (
     "speed: time of exact attention over time of this, by the device's cost table"
 )
 
-SHAPE_EXPLAINED = "4096/1024: 4096 queries, 1024 keys"
+SHAPE_EXPLAINED = "n: 4096/1024 are 4096 queries against 1024 keys"
 
 
 def simple_table(title: str, **columns: JustifyMethod) -> Table:
@@ -60,7 +60,8 @@ def plan_table(plan: Plan) -> RenderableType:
     )
     if plan.check:
         notes.append(Text(checked(plan)))
-    return Group(table, *notes, Text(COLUMNS_EXPLAINED, style="dim"))
+    other = f" · {SHAPE_EXPLAINED}" if any(site.queries for site in plan.sites) else ""
+    return Group(table, *notes, Text(COLUMNS_EXPLAINED + other, style="dim"))
 
 
 def _speed(site: SitePlan) -> float | None:

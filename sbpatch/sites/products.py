@@ -106,18 +106,12 @@ for _name in ("add", "sub", "neg", "getitem", "gt", "lt"):
 
 def product(attend: Attend, func: Any, args: Any, kwargs: Any) -> Any:
     """What `func` gives where it makes or continues a `Product`; NotImplemented where it has nothing to do with one."""
-    two = len(args) == 2 and not kwargs and isinstance(args[0], Tensor) and isinstance(args[1], Tensor)
-    if func in MATMULS and two:
+    if func in PRODUCTS and len(args) == 2 and not kwargs and all(isinstance(x, Tensor) for x in args):
         first, second = args
-        if (
-            first.ndim == second.ndim == 4
-            and first.shape[-2] == second.shape[-1]
-            and first.shape[:2] == second.shape[:2]
-        ):
+        square = first.ndim == second.ndim == 4 and first.shape[-2] == second.shape[-1]
+        if func in BATCHED or (square and first.shape[:2] == second.shape[:2]):
             return Product(attend, first, second.mT)
         return NotImplemented
-    if func in BATCHED and two:
-        return Product(attend, args[0], args[1].mT)
     given = (*args, *kwargs.values(), *(args[0] if args and isinstance(args[0], (list, tuple)) else ()))
     if not any(isinstance(x, Product) for x in given):
         return NotImplemented
@@ -140,6 +134,13 @@ def product(attend: Attend, func: Any, args: Any, kwargs: Any) -> Any:
     if func in PRODUCTS and len(args) == 2 and isinstance(args[1], Product) and isinstance(first, Tensor):
         return args[1].rmatmul(first)
     return Product.__torch_function__(func, (), args, kwargs)
+
+
+def multiplied_out(output: Any) -> Any:
+    """What a module puts out, in which a product that nothing was done with is none any more."""
+    if type(output) is tuple:
+        return tuple(map(multiplied_out, output))
+    return output.tensor() if isinstance(output, Product) else output
 
 
 def _whole(x: Any) -> Any:

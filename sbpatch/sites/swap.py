@@ -19,6 +19,7 @@ from ..attention.per_head import Layer, PerHead
 from ..errors import SbpatchError
 from . import interface
 from .calls import Call, Redirect
+from .products import multiplied_out
 
 
 @cache
@@ -31,7 +32,7 @@ def _patched_class(cls: Any) -> type[nn.Module]:
             return self.sbpatch(call)
 
         with Redirect(attend):
-            output = cls.forward(self, *args, **kwargs)
+            output = multiplied_out(cls.forward(self, *args, **kwargs))
         if not caught:
             raise SbpatchError(
                 f"a patched {cls.__name__} computed its attention in another way than at calibration (asked for its weights, "
