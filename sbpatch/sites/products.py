@@ -108,10 +108,9 @@ def product(attend: Attend, func: Any, args: Any, kwargs: Any) -> Any:
     """What `func` gives where it makes or continues a `Product`; NotImplemented where it has nothing to do with one."""
     if func in PRODUCTS and len(args) == 2 and not kwargs and all(isinstance(x, Tensor) for x in args):
         first, second = args
-        square = first.ndim == second.ndim == 4 and first.shape[-2] == second.shape[-1]
-        if func in BATCHED or (square and first.shape[:2] == second.shape[:2]):
-            return Product(attend, first, second.mT)
-        return NotImplemented
+        heads = first.ndim == second.ndim == 4 and first.shape[:2] == second.shape[:2]
+        of_keys = first.shape[-2] == second.shape[-1] or second.stride(-2) == 1  # K^T, as K lies in memory; no A V
+        return Product(attend, first, second.mT) if func in BATCHED or (heads and of_keys) else NotImplemented
     given = (*args, *kwargs.values(), *(args[0] if args and isinstance(args[0], (list, tuple)) else ()))
     if not any(isinstance(x, Product) for x in given):
         return NotImplemented
