@@ -95,7 +95,7 @@ class Probe(Redirect):
 
     def _note(self, call: Call) -> Tensor:
         q, k, v = call.query, call.key, call.value
-        reason, causal = self._unsupported(call), call.causality()
+        reason, causal = _unsupported(call), call.causality()
         heads = q.shape[-3] if q.ndim > 2 else 1
         key_heads = k.shape[-3] if k.ndim > 2 and k.shape[-3] != heads else 0
         queries = 0 if q.shape[-2] == k.shape[-2] else q.shape[-2]
@@ -124,27 +124,6 @@ class Probe(Redirect):
         if reason := multi_head_reason(query, options.get("static_k"), bias_k, zero, weights):
             found = Found(key.shape[0], heads, width // heads, unsupported=reason, by_hand=True)
             self._add(self.running[-1], found)
-
-    @staticmethod
-    def _unsupported(call: Call) -> str | None:
-        """Why a call cannot be patched, or None."""
-        q, k, v = call.query, call.key, call.value
-        if q.ndim != 4:
-            windows = f"attention in windows of {k.shape[-2]} tokens, " if q.ndim > 4 else ""
-            return f"{windows}{q.ndim}-D queries where (B, H, n, d) is meant"
-        if len(k) != len(q) or q.shape[1] % k.shape[1] or v.shape[:2] != k.shape[:2]:
-            return f"{k.shape[1]} key heads for {q.shape[1]} query heads"
-        causal = call.causality()
-        if causal is None:
-            return "a dense attention mask or bias"
-        queries, keys = q.shape[-2], k.shape[-2]
-        if queries == 1 != keys:
-            return f"1 query against {keys} keys, which it reads at less cost than any choice among them would have"
-        if causal and queries != keys:
-            return f"causal attention of {queries} queries against {keys} keys"
-        if causal and v.shape[-1] != q.shape[-1]:
-            return f"causal attention with values {v.shape[-1]} wide and queries {q.shape[-1]}"
-        return None
 
     # -- modules whose softmax is plain attention after all --------------------------------------------------------
 
@@ -182,6 +161,27 @@ class Probe(Redirect):
                 module.fused_attn = False  # type: ignore[assignment]
         calls = self.found.get(module, [])
         return calls if calls and not calls[0].by_hand and _same(output, again) else []
+
+
+def _unsupported(call: Call) -> str | None:
+    """Why a call cannot be patched, or None."""
+    q, k, v = call.query, call.key, call.value
+    if q.ndim != 4:
+        windows = f"attention in windows of {k.shape[-2]} tokens, " if q.ndim > 4 else ""
+        return f"{windows}{q.ndim}-D queries where (B, H, n, d) is meant"
+    if len(k) != len(q) or q.shape[1] % k.shape[1] or v.shape[:2] != k.shape[:2]:
+        return f"{k.shape[1]} key heads for {q.shape[1]} query heads"
+    causal = call.causality()
+    if causal is None:
+        return "a dense attention mask or bias"
+    queries, keys = q.shape[-2], k.shape[-2]
+    if queries == 1 != keys:
+        return f"1 query against {keys} keys, which it reads at less cost than any choice among them would have"
+    if causal and queries != keys:
+        return f"causal attention of {queries} queries against {keys} keys"
+    if causal and v.shape[-1] != q.shape[-1]:
+        return f"causal attention with values {v.shape[-1]} wide and queries {q.shape[-1]}"
+    return None
 
 
 def _same(a: Any, b: Any) -> bool:
