@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -127,11 +128,25 @@ def test_regimes_of_theorem_1_come_in_their_order():
 
 
 def test_process_has_clusters():
-    q = oracles.process_queries(n=64, cluster=4, width=256, spread=0.1, seed=0)
+    """Of squared norm near sqrt(d): d numbers of variance (1 + delta) / sqrt(d) each."""
+    q = oracles.process_queries(n=64, cluster=4, width=256, delta=0.01, seed=0)
     product = q @ q.mT
     own = torch.block_diag(*[torch.ones(4, 4)] * 16).bool()
-    assert product[own].min() > 0.7
-    assert product[~own].abs().max() < 0.4
+    assert product.diagonal().mean() == pytest.approx(16 * 1.01, rel=0.03)
+    assert product[own].min() > 0.7 * 16
+    assert product[~own].abs().max() < 0.4 * 16
+    far = oracles.process_queries(n=64, cluster=4, width=256, delta=4.0, seed=0)
+    assert far.square().sum(-1).mean() == pytest.approx(16 * 5, rel=0.03)
+
+
+def test_process_has_the_papers_orders():
+    log_n = math.log(oracles.PROCESS["n"])
+    assert oracles.PROCESS["width"] == pytest.approx(16 * log_n**1.5, abs=0.5)
+    assert oracles.PROCESS["delta"] == pytest.approx(0.1 / log_n**0.25)
+    product = oracles.process_queries(**oracles.PROCESS, seed=3)
+    product = product @ product.mT
+    own = torch.block_diag(*[torch.ones(4, 4)] * 64).bool()
+    assert product[own].min() > product[~own].max()
 
 
 # ---- the whole
@@ -155,11 +170,17 @@ def test_result_measures_every_head(result):
 
 
 def test_both_parts_are_best_by_entry_where_the_paper_says_so(result):
-    """On Process 1 FAVOR+ is better for small q.k, a sparse part for large, and both together good at either end."""
-    process = result["entries"][0]
-    assert process["site"] == "Process 1"
-    small, large = 0, len(process["qk"]) - 2
-    mse = {name: [x if x is not None else math.nan for x in values] for name, values in process["mse"].items()}
+    """On Process 1 FAVOR+ is better for small q.k, a sparse part for large, and both together good at either end.
+
+    Medians over seeds: with one of the five a draw of FAVOR+ is far off.
+    """
+    assert result["entries"][0]["site"] == "Process 1"
+    seeds = [entries.single_entries("Process 1", [entries.process_case(seed)], seed) for seed in range(5)]
+    small, large = 0, len(seeds[0]["qk"]) - 2
+    mse = {
+        name: {place: statistics.median(one["mse"][name][place] for one in seeds) for place in (small, large)}
+        for name in entries.ENTRY_METHODS
+    }
     assert mse["favor"][small] < 0.5 * mse["lsh"][small]
     assert mse["lsh"][large] < 0.5 * mse["favor"][large]
     assert mse["lsh+favor"][small] < 0.9 * mse["lsh"][small]

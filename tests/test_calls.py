@@ -262,6 +262,22 @@ def test_attention_by_hand_is_a_call_where_it_is_plain(name):
             assert "another way" in refused(model, x)
 
 
+def test_attention_by_hand_with_pooled_keys_is_a_call():
+    class Pooled(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            q, k, v = x, x[:, :, ::3], x[:, :, 1::3]
+            return (q @ k.transpose(-2, -1) * 0.5).softmax(-1) @ v
+
+    model, x = nn.Sequential(Pooled()).eval(), torch.randn(2, 2, 9, 4)
+    (site,) = find_sites(model, x)
+    assert site.unsupported is None
+    assert (site.geometry.tokens, site.geometry.queries) == (3, 9)
+    expected, seen = model(x), []
+    with swapped(model, {site.name: lambda asked: seen.append(asked) or asked.exact()}):
+        torch.testing.assert_close(model(x), expected)
+    assert len(seen) == 1
+
+
 def test_a_product_without_a_softmax_stays_a_product():
     q, k, v = torch.randn(3, 2, 2, 9, 4)
     with Redirect(lambda asked: torch.zeros_like(asked.query)):

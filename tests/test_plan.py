@@ -34,6 +34,8 @@ optional = {
     "budget": share,
     "matrix_error": finite,
     "output_error": finite,
+    "queries": st.integers(1, 10**6),
+    "value_dim": st.integers(1, 512),
     "window": st.integers(1, 99),  # a parameter: a further key
 }
 site_fields = st.fixed_dictionaries(

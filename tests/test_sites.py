@@ -83,8 +83,8 @@ def test_sites_of_t2t_vit():
     ("name", "change", "size", "reasons"),
     [
         ("beit_base_patch16_224", {"depth": 1}, 64, ["a dense attention mask or bias"]),
-        ("cait_xxs24_224", {"depth": 1}, 64, ["a softmax of its own over 16 x 16", *["1 queries against 17 keys"] * 2]),
-        ("xcit_nano_12_p16_224", {"depth": 1, "img_size": 224}, 64, [None, *["1 queries against 17 keys"] * 2]),
+        ("cait_xxs24_224", {"depth": 1}, 64, ["a softmax of its own over 16 x 16", *["1 query against 17 keys"] * 2]),
+        ("xcit_nano_12_p16_224", {"depth": 1, "img_size": 224}, 64, [None, *["1 query against 17 keys"] * 2]),
         (
             "swin_tiny_patch4_window7_224",
             {"depths": (1, 1), "num_heads": (2, 4), "embed_dim": 32, "img_size": 224},
@@ -172,7 +172,13 @@ sdpa = nn.functional.scaled_dot_product_attention
     ("attend", "reason"),
     [
         (lambda x: sdpa(x, x, x) + sdpa(x, x, -x), "2 attention calls"),
-        (lambda x: sdpa(x, x, x[..., :4]), "values 4 wide and queries 8"),
+        (lambda x: sdpa(x, x, x[..., :4]), None),
+        (lambda x: sdpa(x, x, x[..., :4], is_causal=True), "values 4 wide and queries 8"),
+        (lambda x: sdpa(x, x[:, :, :4], x[:, :, :4]), None),
+        (lambda x: sdpa(x, x[:, :, :4], x[:, :, :4], is_causal=True), "causal attention of 9 queries against 4 keys"),
+        (lambda x: sdpa(x[:, :, :1], x, x), "1 query against 9 keys"),
+        (lambda x: torch.bmm(torch.bmm(x[:, 0], x[:, 1].mT).softmax(-1), x[:, 1]), None),
+        (lambda x: torch.bmm(x[0], x[0].mT).softmax(-1) @ x[0], "a softmax of its own"),
         (lambda x: sdpa(x[:, 0], x[:, 0], x[:, 0]), "3-D queries"),
         (lambda x: sdpa(x[0], x[0], x[0]) + sdpa(x[:1, None], x[:1, None], x[:1, None])[0, 0], "3-D queries"),
         (lambda x: sdpa(x[:, None], x[:, None], x[:, None])[:, 0], "windows of 9 tokens"),

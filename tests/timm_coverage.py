@@ -18,6 +18,7 @@ from timm.models import list_modules
 from torch import Tensor, nn
 
 from sbpatch.errors import SbpatchError
+from sbpatch.plan.report import shape
 from sbpatch.sites.calls import Call
 from sbpatch.sites.find import Site, find_sites
 from sbpatch.sites.swap import swapped
@@ -34,7 +35,7 @@ class Row:
     model: str
     site: str  # class
     sites: int
-    tokens: str  # least to most
+    tokens: str  # least to most; queries/keys where these are of different numbers
     outcome: str
 
     def __str__(self) -> str:
@@ -115,14 +116,14 @@ def rows(family: str) -> list[Row]:
 
 
 def _rows(family: str, name: str, sites: list[Site]) -> list[Row]:
-    groups: dict[tuple[str, str], list[Site]] = {}
+    groups: dict[tuple[str, str, bool], list[Site]] = {}
     for site in sites:
         kind = re.sub(r"\d+", "#", site.unsupported or "")
-        groups.setdefault((site.class_name, kind), []).append(site)
+        groups.setdefault((site.class_name, kind, site.geometry.queries > 0), []).append(site)
     found = []
-    for (cls, _), group in groups.items():
-        tokens = sorted({site.geometry.tokens for site in group})
-        span = f"{tokens[0]}" if len(tokens) == 1 else f"{tokens[0]} to {tokens[-1]}"
+    for (cls, *_), group in groups.items():
+        tokens = sorted({(site.geometry.tokens, site.geometry.queries) for site in group})
+        span = " to ".join(dict.fromkeys(shape(*tokens[i]) for i in (0, -1)))
         reason = group[0].unsupported
         found.append(Row(family, name, cls, len(group), span, f"exact: {reason}" if reason else "patchable"))
     return found

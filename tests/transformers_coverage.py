@@ -26,6 +26,7 @@ from sbpatch.errors import SbpatchError
 from sbpatch.models.checkpoint import Checkpoint
 from sbpatch.models.load import load_checkpoint
 from sbpatch.plan.plan import Budget, Plan, patch_tensors
+from sbpatch.plan.report import shape
 from sbpatch.sites.calls import Call
 from sbpatch.sites.find import Site, find_sites
 from sbpatch.sites.swap import swapped
@@ -177,15 +178,15 @@ def rows(family: Family) -> list[str]:
     except SbpatchError as error:
         return [f"{start} | 0 | | refused: {error} |"]
     check(loaded, [site for site in sites if not site.unsupported])
-    groups: dict[tuple[str, str], list[Site]] = {}
+    groups: dict[tuple[str, str, bool], list[Site]] = {}
     for site in sites:
         first = first_decision(site, limit=1)
         outcome = "patchable" if first.decision == "patch" else f"exact: {re.sub(r'[0-9]+', '#', first.reason)}"
-        groups.setdefault((site.class_name, outcome), []).append(site)
+        groups.setdefault((site.class_name, outcome, site.geometry.queries > 0), []).append(site)
     lines = []
-    for (cls, outcome), group in groups.items():
-        tokens = sorted({site.geometry.tokens for site in group})
-        span = f"{tokens[0]}" if len(tokens) == 1 else f"{tokens[0]} to {tokens[-1]}"
+    for (cls, outcome, _), group in groups.items():
+        tokens = sorted({(site.geometry.tokens, site.geometry.queries) for site in group})
+        span = " to ".join(dict.fromkeys(shape(*tokens[i]) for i in (0, -1)))
         causal = ", causal" if group[0].geometry.causal else ""
         lines.append(f"{start} `{cls}` | {len(group)} | {span}{causal} | {outcome} |")
     return lines

@@ -25,14 +25,14 @@ def attend(
     """Attention of every query over what was selected for it.
 
     Args:
-        q, k, v: (B, H, n, d), (B, H_k, n, d) and (B, H_k, n, e), H a multiple of H_k; the logits are scale q.k.
+        q, k, v: (B, H, n_q, d), (B, H_k, n, d) and (B, H_k, n, e), H a multiple of H_k; the logits are scale q.k.
         key_mask: (B, n) bool, True for real keys.
         causal: no query reads a later key.
         gain: (H_k,) nats added to the logits of the low-rank part where there is a sparse one.
         naive: count the low-rank part on the support too, the paper's baseline.
 
     Returns:
-        (B, H, n, e) in v's dtype; zeros for a query that no real key is left for.
+        (B, H, n_q, e) in v's dtype; zeros for a query that no real key is left for.
     """
     tiles, low = selection
     if isinstance(low, Landmarks):

@@ -25,6 +25,7 @@ class Clusters(LowRank):
     """
 
     grouped = True
+    rectangular = True
     learned = ("sharpness",)
 
     sharpness: Tensor  # of each key head a factor of q.c: means lie nearer to the origin than their keys

@@ -136,6 +136,11 @@ def places(tiles: Tiles) -> Tensor:
     return tiles.query.masked_fill(~used.scatter(-1, tiles.slot, True).unflatten(-1, (many, size)), n)
 
 
+def query_mask(q: Tensor, key_mask: Tensor | None, k: Tensor) -> Tensor | None:
+    """Which queries are real, (B, n) bool: `key_mask` where they are of the same tokens as the keys, else all (None)."""
+    return key_mask if q.shape[-2] == k.shape[-2] else None
+
+
 def repeated(x: Tensor, heads: int) -> Tensor:
     """Keys or values (B, H_k, n, d) with `heads` heads, each one's repeated for the run of query heads that share it."""
     return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], 1)

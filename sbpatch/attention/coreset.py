@@ -62,6 +62,7 @@ class Coreset(LowRank):
     """
 
     fitted = True
+    rectangular = True
 
     to_query: Tensor  # (H, d, directions) P, found at calibration; the identity until then
     to_key: Tensor  # (H, d, directions) R

@@ -29,6 +29,8 @@ class Favor(LowRank):
     Kept as logarithms; how they are stabilised and summed is in pairwise.py.
     """
 
+    rectangular = True
+
     projection: Tensor  # (H, m, d)
 
     def __init__(self, site: Geometry, seed: int, rank: int) -> None:

@@ -84,6 +84,8 @@ class Leverage(Sparse):
     are scored at once. Bidirectional: the scores are those among all keys.
     """
 
+    rectangular = True
+
     def __init__(self, site: Geometry, seed: int, keys: int, power: int = 2, chunk: int = 0) -> None:
         super().__init__()
         if keys < 1 or power < 1 or chunk < 0:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..errors import SbpatchError
 from .core import Tiles
+from .patterns import beside
 from .registry import Geometry, Sparse, register
 
 
@@ -21,6 +22,8 @@ class Lsh(Sparse):
     projected on a random line per round, sorted, and cut into equal clusters. On a causal site no query reads a later key,
     but later keys take part in the sorting and so in which earlier keys a query meets.
     """
+
+    rectangular = True
 
     projection: Tensor  # (H, R, d + 2)
 
@@ -56,35 +59,34 @@ class Lsh(Sparse):
             lifted_k = lifted_k.masked_fill(~key_mask[:, None, :, None], torch.inf)
         return lifted_q.mT.argsort(dim=-1), lifted_k.mT.argsort(dim=-1)
 
-    def _buckets(self, order: Tensor) -> Tensor:
-        """Bucket number of each token, (B, H, R, n): its rank in the sorted order over the bucket size."""
-        rank = torch.arange(order.shape[-1], device=order.device).expand_as(order)
-        return torch.zeros_like(order).scatter(-1, order, rank) // self.bucket
+    def _buckets(self, order: Tensor, keys: int) -> Tensor:
+        """Bucket number of each token, (B, H, R, n): its rank in the sorted order, scaled to `keys`, over the bucket size."""
+        n = order.shape[-1]
+        rank = torch.arange(n, device=order.device) * keys // (n * self.bucket)
+        return torch.zeros_like(order).scatter(-1, order, rank.expand_as(order))
 
     def select(self, q: Tensor, k: Tensor, key_mask: Tensor | None, scale: float) -> list[Tiles]:
-        n = q.shape[-2]
+        n = k.shape[-2]
         count = math.ceil(n / self.bucket)
         q_order, k_order = self._order(q, k, key_mask)
-        q_bucket, k_bucket = self._buckets(q_order), self._buckets(k_order)
+        q_bucket, k_bucket = self._buckets(q_order, n), self._buckets(k_order, n)
+        row, spot = beside(q.shape[-2], n, self.bucket, q.device)
         position = torch.arange(count * self.bucket, device=q.device)
         filled = (position < n).view(count, 1, self.bucket)  # the last cluster may be short of keys
         found = []
         for r in range(self.hash_rounds):
-            padded = position.clamp(max=n - 1)
-            query = q_order[:, :, r][..., padded].unflatten(-1, (count, self.bucket))
-            key = k_order[:, :, r][..., padded].unflatten(-1, (count, self.bucket))
+            query = q_order[:, :, r][..., row]  # (B, H, T, g)
+            key = k_order[:, :, r][..., position.clamp(max=n - 1)].unflatten(-1, (count, self.bucket))
             valid = filled  # (T, 1, bucket)
             for earlier in range(r):  # a pair that met before is counted there and only there
                 a = q_bucket[:, :, earlier].gather(-1, query.flatten(2)).view_as(query)
                 b = k_bucket[:, :, earlier].gather(-1, key.flatten(2)).view_as(key)
                 valid = valid & (a[..., :, None] != b[..., None, :])
-            slot = torch.zeros_like(q_order[:, :, r]).scatter(
-                -1, q_order[:, :, r], position[:n].expand_as(q_order[:, :, r])
-            )
-            found.append(Tiles(query, key, valid, slot))
+            place = spot.expand_as(q_order[:, :, r])
+            found.append(Tiles(query, key, valid, torch.zeros_like(place).scatter(-1, q_order[:, :, r], place)))
         return found
 
     def dense(self, q: Tensor, k: Tensor, key_mask: Tensor | None) -> Tensor:
         q_order, k_order = self._order(q, k, key_mask)
-        q_bucket, k_bucket = self._buckets(q_order), self._buckets(k_order)
+        q_bucket, k_bucket = (self._buckets(order, k.shape[-2]) for order in (q_order, k_order))
         return (q_bucket[..., :, None] == k_bucket[..., None, :]).any(dim=2)

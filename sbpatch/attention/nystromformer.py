@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..errors import SbpatchError
 from . import kmeans
+from .core import query_mask
 from .registry import Geometry, Whole, register
 
 
@@ -20,6 +21,7 @@ class Nystromformer(Whole):
     It stores a row of the first factor and a column of the last, 2 m entries a token.
     """
 
+    rectangular = True
     STEPS = 6  # of the iteration for the pseudo-inverse, as in the paper
 
     def __init__(self, site: Geometry, seed: int, rank: int) -> None:
@@ -36,17 +38,14 @@ class Nystromformer(Whole):
 
     def _factors(self, q: Tensor, k: Tensor, key_mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """The three factors, (B, H, n, m), (B, H, m, m) inverted, and (B, H, m, n). Padding has no part in the means."""
-        n = k.shape[-2]
-        m = min(self.rank, n)
-        segment = (torch.arange(n, device=k.device) * m // n).expand(*k.shape[:3])
-        keep = k.new_ones(k.shape[0], 1, n) if key_mask is None else key_mask[:, None].to(k.dtype)
-        count = kmeans.counts(segment, m, keep.float())  # (B, H, m, 1)
-        mean_q, mean_k = (kmeans.sums(x, segment, m, keep) / count.clamp(min=1) for x in (q, k))
-        empty = (count == 0).mT  # a stretch of padding
-        first = _softmax((q @ mean_k.mT).masked_fill(empty, -torch.inf))
-        middle = _softmax((mean_q @ mean_k.mT).masked_fill(empty, -torch.inf)).masked_fill(empty.mT, 0)
-        last = _softmax((mean_q @ k.mT).masked_fill(keep[:, :, None] == 0, -torch.inf))
-        return first, self._inverse(middle), last
+        m = min(self.rank, q.shape[-2], k.shape[-2])
+        (mean_q, no_query), (mean_k, no_key) = _means(q, m, query_mask(q, key_mask, k)), _means(k, m, key_mask)
+        first = _softmax((q @ mean_k.mT).masked_fill(no_key.mT, -torch.inf))
+        middle = _softmax((mean_q @ mean_k.mT).masked_fill(no_key.mT, -torch.inf)).masked_fill(no_query, 0)
+        last = mean_q @ k.mT
+        if key_mask is not None:
+            last = last.masked_fill(~key_mask[:, None, None], -torch.inf)
+        return first, self._inverse(middle), _softmax(last)
 
     def _inverse(self, a: Tensor) -> Tensor:
         """Razavi's iteration; it converges to the pseudo-inverse from a^T / (|a|_1 |a|_inf)."""
@@ -65,6 +64,15 @@ class Nystromformer(Whole):
     def dense(self, q: Tensor, k: Tensor, key_mask: Tensor | None) -> Tensor:
         first, inverse, last = self._factors(q.double(), k.double(), key_mask)
         return first @ inverse @ last
+
+
+def _means(x: Tensor, m: int, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Means of m equal stretches of rows (B, H, n, d), (B, H, m, d), and which are padding alone, bool (B, H, m, 1)."""
+    n = x.shape[-2]
+    stretch = (torch.arange(n, device=x.device) * m // n).expand(*x.shape[:3])
+    keep = x.new_ones(x.shape[0], 1, n) if mask is None else mask[:, None].to(x.dtype)
+    count = kmeans.counts(stretch, m, keep.float())
+    return kmeans.sums(x, stretch, m, keep) / count.clamp(min=1), count == 0
 
 
 def _softmax(logits: Tensor) -> Tensor:

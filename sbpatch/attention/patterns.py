@@ -19,6 +19,20 @@ def blocks(count: int, size: int, n: int, device: torch.device) -> tuple[Tensor,
     return position.clamp(max=n - 1).view(count, size), position[:n]
 
 
+def beside(queries: int, keys: int, size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Sorted queries in tiles beside sorted keys in tiles of `size`: query r of `queries` beside key r keys / queries.
+
+    Returns:
+        Places of the queries of each tile, (T, g), the last one repeated; where in the flattened (T, g) each lies, (queries,).
+    """
+    start = -(-torch.arange(-(-keys // size), device=device) * size * queries // keys)  # rounded up
+    width = -(-size * queries // keys)
+    row = torch.arange(queries, device=device)
+    tile = row * keys // (queries * size)
+    place = start[:, None] + torch.arange(width, device=device)
+    return place.clamp(max=queries - 1), tile * width + row - start[tile]
+
+
 def mean_pairs(rounds: Iterable[Tiles], causal: bool) -> float:
     """Pairs per query row on average, the future left out where the site is causal."""
     total = 0.0

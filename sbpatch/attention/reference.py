@@ -9,9 +9,14 @@ from .registry import Joined
 from .scatterbrain import Scatterbrain
 
 
-def allowed_pairs(n: int, causal: bool, key_mask: Tensor | None, device: torch.device) -> Tensor:
-    """Pairs that attention may use at all, bool (1 or B, 1, n, n): real keys, and the past where causal."""
-    pairs = torch.ones(1, 1, n, n, dtype=torch.bool, device=device)
+def allowed_pairs(
+    n: int, causal: bool, key_mask: Tensor | None, device: torch.device, rows: int | None = None
+) -> Tensor:
+    """Pairs that attention may use at all, bool (1 or B, 1, rows, n): real keys, and the past where causal.
+
+    `rows` are the queries, where not as many as the n keys.
+    """
+    pairs = torch.ones(1, 1, n if rows is None else rows, n, dtype=torch.bool, device=device)
     if causal:
         pairs = pairs.tril()
     return pairs if key_mask is None else pairs & key_mask[:, None, None, :]
@@ -19,7 +24,7 @@ def allowed_pairs(n: int, causal: bool, key_mask: Tensor | None, device: torch.d
 
 def exact_matrix(q: Tensor, k: Tensor, scale: float, causal: bool = False, key_mask: Tensor | None = None) -> Tensor:
     """softmax(q k^T scale) over the allowed pairs, (B, H, n, n) float64; a row without any is zero."""
-    pairs = allowed_pairs(k.shape[-2], causal, key_mask, q.device)
+    pairs = allowed_pairs(k.shape[-2], causal, key_mask, q.device, q.shape[-2])
     logits = (q.double() @ k.double().mT * scale).masked_fill(~pairs, -torch.inf)
     return logits.softmax(-1).nan_to_num(0.0)
 
@@ -38,7 +43,7 @@ def scatterbrain_matrix(
     part = layer.low_rank
     if part is not None and part.kind == "whole":
         return part.dense(q, k, key_mask)
-    pairs = allowed_pairs(k.shape[-2], layer.site.causal, key_mask, q.device)
+    pairs = allowed_pairs(k.shape[-2], layer.site.causal, key_mask, q.device, q.shape[-2])
     entries = torch.zeros(*q.shape[:2], *pairs.shape[-2:], dtype=torch.float64, device=q.device)
     if part is not None:
         entries = part.dense(q, k, key_mask)

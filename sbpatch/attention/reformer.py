@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..errors import SbpatchError
 from .core import Tiles
+from .patterns import beside
 from .registry import Geometry, Sparse, register
 
 
@@ -21,6 +22,8 @@ class Reformer(Sparse):
     queries and keys are sorted apart, and its mask to equal hashes is left out, as it would leave many queries nothing.
     On a causal site later keys take part in the sorting, though no query reads one.
     """
+
+    rectangular = True
 
     rotation: Tensor  # (H, R, 2, d, s)
 
@@ -50,10 +53,11 @@ class Reformer(Sparse):
             value = value.masked_fill(~mask[:, None, None], size**2)
         return (value * n + torch.arange(n, device=x.device)).argsort(dim=-1)  # no two alike: any sort is stable
 
-    def _chunks(self, order: Tensor) -> Tensor:
-        """Chunk of each token, (B, H, R, n)."""
-        rank = torch.arange(order.shape[-1], device=order.device).expand_as(order)
-        return torch.zeros_like(order).scatter(-1, order, rank) // self.bucket
+    def _chunks(self, order: Tensor, keys: int) -> Tensor:
+        """Chunk of each token, (B, H, R, n): its rank in the sorted order, scaled to `keys`, over the size of a chunk."""
+        n = order.shape[-1]
+        rank = torch.arange(n, device=order.device) * keys // (n * self.bucket)
+        return torch.zeros_like(order).scatter(-1, order, rank.expand_as(order))
 
     def _meets(self, query: Tensor, key: Tensor, count: int) -> Tensor:
         """Whether chunks of queries (..., bq) read chunks of keys (..., bk): their own, and the one before, around the end."""
@@ -61,25 +65,27 @@ class Reformer(Sparse):
         return behind <= 1
 
     def select(self, q: Tensor, k: Tensor, key_mask: Tensor | None, scale: float) -> list[Tiles]:
-        n = q.shape[-2]
+        n = k.shape[-2]
         count = math.ceil(n / self.bucket)
         q_order, k_order = self._order(q, None), self._order(k, key_mask)
-        q_chunk, k_chunk = self._chunks(q_order), self._chunks(k_order)
+        q_chunk, k_chunk = self._chunks(q_order, n), self._chunks(k_order, n)
+        row, spot = beside(q.shape[-2], n, self.bucket, q.device)
         position = torch.arange(count * self.bucket, device=q.device).view(count, self.bucket)
         before = torch.cat((position, position.roll(1, 0)), dim=1) if count > 1 else position
         found = []
         for r in range(self.hash_rounds):
-            query = q_order[:, :, r][..., position.clamp(max=n - 1)]  # (B, H, G, b)
+            query = q_order[:, :, r][..., row]  # (B, H, G, g)
             key = k_order[:, :, r][..., before.clamp(max=n - 1)]  # (B, H, G, 2 b)
             valid = (before < n)[:, None, :]  # (T, 1, 2 b)
             for earlier in range(r):  # a pair that met before is counted there and only there
                 a = q_chunk[:, :, earlier].gather(-1, query.flatten(2)).view_as(query)
                 b = k_chunk[:, :, earlier].gather(-1, key.flatten(2)).view_as(key)
                 valid = valid & ~self._meets(a, b, count)
-            place = position.flatten()[:n].expand_as(q_order[:, :, r])
+            place = spot.expand_as(q_order[:, :, r])
             found.append(Tiles(query, key, valid, torch.zeros_like(place).scatter(-1, q_order[:, :, r], place)))
         return found
 
     def dense(self, q: Tensor, k: Tensor, key_mask: Tensor | None) -> Tensor:
-        q_chunk, k_chunk = self._chunks(self._order(q, None)), self._chunks(self._order(k, key_mask))
-        return self._meets(q_chunk, k_chunk, math.ceil(q.shape[-2] / self.bucket)).any(dim=2)
+        n = k.shape[-2]
+        q_chunk, k_chunk = (self._chunks(order, n) for order in (self._order(q, None), self._order(k, key_mask)))
+        return self._meets(q_chunk, k_chunk, math.ceil(n / self.bucket)).any(dim=2)

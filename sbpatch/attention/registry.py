@@ -24,8 +24,10 @@ from .core import LowRankData, Selection, Tiles
 class Geometry:
     """What a layer may know of its site when it is built.
 
-    `grid` is (rows, columns) of an image's tokens, which follow `prefix` class tokens; None where tokens are a sequence.
-    `key_heads` are the heads of keys and values where runs of query heads share them (grouped queries), else 0.
+    `tokens` are those that keys are made of. `grid` is (rows, columns) of an image's tokens, which follow `prefix` class
+    tokens; None where tokens are a sequence. `key_heads` are the heads of keys and values where runs of query heads share
+    them (grouped queries), else 0. `queries` are the rows where they are not as many as the keys (an image's pooled keys,
+    cross attention), `value_dim` the width of values where it is not that of keys; else 0.
     """
 
     tokens: int
@@ -35,6 +37,13 @@ class Geometry:
     grid: tuple[int, int] | None = None
     prefix: int = 0
     key_heads: int = 0
+    queries: int = 0
+    value_dim: int = 0
+
+    @property
+    def rows(self) -> int:
+        """Queries of a head."""
+        return self.queries or self.tokens
 
     @property
     def row_keys(self) -> float:
@@ -63,12 +72,16 @@ class Part(nn.Module):
 
     The four kinds below add one function each: `select`, which computes no attention (see core.py), or `forward`. It takes
     q, k (B, H, n, d) and v (B, H, n, e) as the model has them, the logits being scale q.k; key_mask (B, n), True for real keys.
+    A `rectangular` part also takes other numbers of queries than of keys, and gives as many rows.
     """
 
     kind: ClassVar[Kind]
 
     grouped: bool = False  # takes k and v of fewer heads than q as they are; other parts get them repeated
     fitted: ClassVar[bool] = False  # `fit` takes something from the sample's queries and keys
+    rectangular: ClassVar[bool] = (
+        False  # takes queries and keys of different numbers; other parts assume the same tokens
+    )
     by_content: ClassVar[bool] = False  # sparse: finds a query's largest keys
     analysis_only: ClassVar[bool] = False  # forms the whole n x n matrix
     learned: ClassVar[tuple[str, ...]] = ()  # buffers, one number a head, that calibration tunes (factors, 1 at first)
@@ -204,3 +217,8 @@ def parse_method(method: str) -> tuple[str | None, str | None]:
     if method.startswith(NAIVE) and (sparse is None or low_rank is None):
         raise SbpatchError(f"'{method}' has one part; {NAIVE} adds a sparse and a low-rank part joined by '+'")
     return sparse, low_rank
+
+
+def fits(method: str, site: Geometry) -> bool:
+    """Whether a method takes the site's queries and keys, which may be of different numbers."""
+    return not site.queries or all(PARTS[name].rectangular for name in parse_method(method) if name)

@@ -20,7 +20,7 @@ from ..errors import SbpatchError
 from . import pairwise
 from .attend import attend
 from .core import Selection, with_heads
-from .registry import NAIVE, PARTS, Geometry, Joined, LowRank, Part, Sparse, Whole, parse_method
+from .registry import NAIVE, PARTS, Geometry, Joined, LowRank, Part, Sparse, Whole, fits, parse_method
 
 
 class Scatterbrain(nn.Module):
@@ -37,6 +37,11 @@ class Scatterbrain(nn.Module):
     def __init__(self, method: str, site: Geometry, seed: int, **parameters: int) -> None:
         super().__init__()
         sparse, low_rank = parse_method(method)
+        if not fits(method, site):
+            raise SbpatchError(
+                f"'{method}' takes queries and keys of the same tokens, and here {site.queries} queries read {site.tokens} "
+                "keys: take a method that goes by content alone, such as clusters or coreset"
+            )
         self.method, self.site, self.parameters_used = method, site, dict(parameters)
         self.naive = method.startswith(NAIVE)  # the paper's baseline: L + exp(q.k) on the support, counted twice there
         self.support = cast(Sparse | None, self._part(sparse, site, seed, parameters))
@@ -107,7 +112,8 @@ class Scatterbrain(nn.Module):
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None, scale: float | None = None
     ) -> Tensor:
-        """q, k (B, H, n, d), v (B, H, n, e), key_mask (B, n) bool with True for real keys -> (B, H, n, e) in q's dtype.
+        """q (B, H, n_q, d), k (B, H, n, d), v (B, H, n, e), key_mask (B, n) bool with True for real keys -> (B, H, n_q, e) in
+        q's dtype. n_q is n unless all parts are `rectangular`.
 
         k and v may have fewer heads than q, each shared by a run of query heads (grouped queries). A query that no real key
         is left for gets zeros, as in PyTorch's own attention.

@@ -15,6 +15,8 @@ from .registry import Geometry, Sparse, register
 class Strided(Sparse):
     """`keys` tokens at even strides over those that are not padding, the first one included: j = t n / keys."""
 
+    rectangular = True
+
     place: Tensor  # (keys,) int64, ascending, see real_tokens
 
     def __init__(self, site: Geometry, seed: int, keys: int) -> None:
@@ -34,10 +36,10 @@ class Strided(Sparse):
         return -(-torch.arange(keys) * UNIT // keys)  # rounded up, or t n / keys would come out one short
 
     def select(self, q: Tensor, k: Tensor, key_mask: Tensor | None, scale: float) -> list[Tiles]:
-        return [shared_keys(*real_tokens(self.place, q.shape[-2], key_mask), q.shape[-2], self.heads)]
+        return [shared_keys(*real_tokens(self.place, k.shape[-2], key_mask), q.shape[-2], self.heads)]
 
     def dense(self, q: Tensor, k: Tensor, key_mask: Tensor | None) -> Tensor:
-        n = q.shape[-2]
+        n = k.shape[-2]
         pairs = torch.zeros(q.shape[0], 1, 1, n, dtype=torch.bool, device=q.device)
         for b in range(q.shape[0]):
             real = torch.arange(n) if key_mask is None else key_mask[b].nonzero()[:, 0]

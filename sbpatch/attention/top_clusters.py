@@ -31,6 +31,7 @@ class TopClusters(Sparse):
     """
 
     by_content = True
+    rectangular = True
     CLUSTER = 4
 
     def __init__(self, site: Geometry, seed: int, probes: int, group: int = GROUP) -> None:
@@ -68,24 +69,24 @@ class TopClusters(Sparse):
 
     def select(self, q: Tensor, k: Tensor, key_mask: Tensor | None, scale: float) -> list[Tiles]:
         q = q * scale  # counts weigh beside the logits
-        n = q.shape[-2]
+        n, keys = q.shape[-2], k.shape[-2]
         query, cluster, best = self._groups(q, k, key_mask)
         key = take(cluster, best).flatten(-2)  # (B, H, G, p * CLUSTER)
-        valid = (key < n)[..., None, :]
+        valid = (key < keys)[..., None, :]
         position = torch.arange(query[0, 0].numel(), device=q.device).expand_as(query.flatten(2))
         slot = torch.zeros_like(position).scatter(-1, query.flatten(2), position)[..., :n]
-        return [Tiles(query.clamp(max=n - 1), key.clamp(max=n - 1), valid, slot)]
+        return [Tiles(query.clamp(max=n - 1), key.clamp(max=keys - 1), valid, slot)]
 
     def dense(self, q: Tensor, k: Tensor, key_mask: Tensor | None) -> Tensor:
         """Row by row: the group of each query, and the clusters that this group took."""
         query, cluster, best = self._groups(q, k, key_mask)
-        n = q.shape[-2]
-        out = torch.zeros(*q.shape[:2], n, n, dtype=torch.bool, device=q.device)
+        n, count = q.shape[-2], k.shape[-2]
+        out = torch.zeros(*q.shape[:2], n, count, dtype=torch.bool, device=q.device)
         for b in range(q.shape[0]):
             for h in range(q.shape[1]):
                 for group, taken in zip(query[b, h], best[b, h], strict=True):
                     keys = cluster[b, h, taken].flatten()
-                    out[b, h, group[group < n][:, None], keys[keys < n]] = True
+                    out[b, h, group[group < n][:, None], keys[keys < count]] = True
         return out
 
 

@@ -15,6 +15,7 @@ class TopK(Sparse):
     """The `keys` largest logits of each query. An oracle for analysis: it forms the whole n x n matrix to find them."""
 
     analysis_only = True
+    rectangular = True
 
     def __init__(self, site: Geometry, seed: int, keys: int) -> None:
         super().__init__()

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..errors import SbpatchError
+from .core import query_mask
 from .registry import Geometry, Whole, register
 
 SMALLEST = 1e-9  # share of a key that must be left unexplained for it to become a pivot: below, it adds rounding alone
@@ -23,6 +24,8 @@ class WildCat(Whole):
     queries and keys can be told apart, by the lengths of the longest of each. W may be negative: the output is cut to the
     range of the values, as in the paper, and a row whose sum is not positive is zero before that.
     """
+
+    rectangular = True
 
     draws: Tensor  # (H, rank) uniform, one a pivot
 
@@ -46,7 +49,8 @@ class WildCat(Whole):
         real = k.new_ones(k.shape[0], n, dtype=torch.bool) if key_mask is None else key_mask
         keep = real[:, None, :, None].double()
         count = keep.sum(-2, keepdim=True).clamp(min=1)
-        x, y = q.double() * keep, k.double() * keep
+        y = k.double() * keep
+        x = q.double() if query_mask(q, key_mask, k) is None else q.double() * keep
         y = (y - y.sum(-2, keepdim=True) / count) * keep
         y = y * self._spread(x, y, count, scale)  # h(y, y') = exp(y.y')
         with torch.no_grad():

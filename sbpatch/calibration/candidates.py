@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..attention import PARTS, Scatterbrain, pairwise, parse_method
 from ..attention.per_head import Exact, Layer
-from ..attention.registry import NAIVE
+from ..attention.registry import NAIVE, fits
 from ..errors import SbpatchError
 from ..plan.plan import SitePlan
 from ..plan.recipe import Allocation, Objective
@@ -94,7 +94,7 @@ class Candidate:
 
     def entries(self) -> float:
         """Entries that one head stores for one sample."""
-        return self.layer.stored * self.layer.site.tokens
+        return self.layer.stored * self.layer.site.rows
 
     def cost(self, objective: Objective) -> float:
         """What one head costs for one sample: entries stored, or milliseconds."""
@@ -108,7 +108,7 @@ class Candidate:
         """Run the layer on a plain call and add up how far it is from `exact` (B, H, n, d)."""
         for i, output in enumerate(self._outputs(call)):
             output = output.to(exact.dtype)
-            self.error_sum[i] += output_error(output, exact, call.key_mask).sum(0).double().cpu()
+            self.error_sum[i] += output_error(output, exact, call.query_mask).sum(0).double().cpu()
             apart, together = (x.sum(0).double().cpu() for x in damages(output, exact, gradient))
             self.damage_sum[i] += apart
             self.together_sum[i] += together
@@ -132,7 +132,8 @@ def auto_methods(site: SitePlan) -> list[str]:
     if site.entropy_ratio is None:
         raise SbpatchError(f"site '{site.name}' was not measured")
     found = (part.tried(site.geometry, site.entropy_ratio) for part in PARTS.values())
-    return sorted({method for method in found if method}, key=lambda method: ("+" in method, method), reverse=True)
+    fitting = {method for method in found if method and fits(method, site.geometry)}
+    return sorted(fitting, key=lambda method: ("+" in method, method), reverse=True)
 
 
 def built(method: str, site: SitePlan, seed: int, moments: Moments, **parameters: int) -> Scatterbrain:

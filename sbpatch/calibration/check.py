@@ -195,7 +195,7 @@ def check_plan(plan: Plan, check: Check) -> None:
 
     def watcher(name: str) -> Watcher:
         def watch(call: Call, output: Tensor) -> None:
-            error = output_error(call.through(layers[name]), output, call.key_mask)
+            error = output_error(call.through(layers[name]), output, call.query_mask)
             check_finite(error, f"site '{name}'", "the error of its patch")
             errors[name] += error.double().sum(0).cpu()
             for b in range(min(len(output), wanted - len(matrix[name]))):

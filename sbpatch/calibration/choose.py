@@ -47,7 +47,7 @@ class Choice:
         """Cost of one exact head."""
         site = self.sites[name][1]
         if self.objective == "memory":
-            return site.tokens * site.geometry.row_keys
+            return site.geometry.rows * site.geometry.row_keys
         exact = [c for c in self.candidates[name] if isinstance(c.layer, Exact)]
         if not exact:
             raise SbpatchError("--objective time shares out the time of exact attention; it needs the joint allocation")

@@ -110,7 +110,10 @@ class CostTable:
         heads = f"{site.heads}/{site.key_heads}" if site.key_heads else f"{site.heads}"
         grid = f" grid={site.prefix}+{site.grid[0]}x{site.grid[1]}" if site.grid is not None and "2d" in what else ""
         causal = " causal" if site.causal else ""
-        return f"{device_key(self.device, self.dtype)}: {site.tokens} x {heads} x {site.head_dim}{causal}{grid}: {what}"
+        shape = f"{site.tokens} x {heads} x {site.head_dim}"
+        shape += f" queries={site.queries}" if site.queries else ""
+        shape += f" values={site.value_dim}" if site.value_dim else ""
+        return f"{device_key(self.device, self.dtype)}: {shape}{causal}{grid}: {what}"
 
     def _write(self) -> None:
         if self.path is None:
@@ -143,19 +146,40 @@ def device_key(device: torch.device, dtype: torch.dtype) -> str:
 
 def _inputs(site: Geometry, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values of a few samples."""
-    batch = max(1, min(8, ROWS // (site.tokens * site.heads)))
-    q, k, v = clumped(batch, site.heads, site.heads // site.group, site.tokens, site.head_dim)
+    batch = max(1, min(8, ROWS // (site.rows * site.heads)))
+    key_heads = site.heads // site.group
+    q, k, v = clumped(
+        batch, site.heads, key_heads, site.tokens, site.head_dim, queries=site.queries, value_dim=site.value_dim
+    )
     return q.to(device, dtype), k.to(device, dtype), v.to(device, dtype)
 
 
 def clumped(
-    batch: int, heads: int, key_heads: int, tokens: int, head_dim: int, seed: int = 0
+    batch: int,
+    heads: int,
+    key_heads: int,
+    tokens: int,
+    head_dim: int,
+    seed: int = 0,
+    *,
+    queries: int = 0,
+    value_dim: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Random queries (B, H, n, d), keys and values (B, H_k, n, d), the latter in 64 clumps as those of trained models are."""
+    """Random queries (B, H, n, d), keys and values (B, H_k, n, d), the latter in 64 clumps as those of trained models are.
+
+    `queries` and `value_dim`, where not 0: as many queries in place of n, values as wide in place of d.
+    """
     generator = torch.Generator().manual_seed(seed)
     clump = 1.5 * torch.randn(batch, key_heads, 64, head_dim, generator=generator)
     member = torch.randint(64, (batch, key_heads, tokens, 1), generator=generator).expand(-1, -1, -1, head_dim)
     q, k, v = (
-        torch.randn(batch, count, tokens, head_dim, generator=generator) for count in (heads, key_heads, key_heads)
+        torch.randn(batch, *shape, generator=generator)
+        for shape in (
+            (heads, queries or tokens, head_dim),
+            (key_heads, tokens, head_dim),
+            (key_heads, tokens, value_dim or head_dim),
+        )
     )
-    return q, 0.5 * k + clump.gather(2, member), v + clump.gather(2, member)
+    shared = clump.gather(2, member)
+    repeats = -(-v.shape[-1] // head_dim)  # of a clump, in values that are wider than keys
+    return q, 0.5 * k + shared, v + shared.repeat(1, 1, 1, repeats)[..., : v.shape[-1]]

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from fnmatch import fnmatch
 from types import MappingProxyType
 
+from ..attention import Geometry
 from ..plan.plan import Decision, SitePlan
 from ..plan.recipe import SiteSetting
 from ..sites.find import Site
@@ -36,11 +37,11 @@ def first_decision(
         return of("exact", "not among --include")
     if any(fnmatch(site.name, pattern) for pattern in exclude):
         return of("exact", "excluded")
-    tokens = f"{site.geometry.tokens} tokens"
+    tokens = described(site.geometry)
     if any(fnmatch(site.name, pattern) for pattern in fixed):
         return of("patch", tokens)
     if isinstance(limit, int):
-        if site.geometry.tokens < limit:
+        if min(site.geometry.rows, site.geometry.tokens) < limit:
             return of("exact", f"{tokens}: under {limit}, exact attention costs too little to gain on")
         return of("patch", tokens)
     layer = limit.cheapest(site.geometry)
@@ -53,9 +54,14 @@ def first_decision(
     return found
 
 
+def described(site: Geometry) -> str:
+    """How many tokens a site has, or how many queries and keys."""
+    return f"{site.queries} queries and {site.tokens} keys" if site.queries else f"{site.tokens} tokens"
+
+
 def set_aside(site: SitePlan, costs: CostTable, fastest: float) -> SitePlan:
     """Leave a site exact because the fastest patch, in milliseconds a sample, is not faster than exact attention."""
     site.decision, site.exact_ms, site.patched_ms = "exact", costs.exact_ms(site.geometry), fastest
     times = f"exact attention takes {site.exact_ms:.3g} ms a sample, the fastest patch {fastest:.3g} ms"
-    site.reason = f"{site.tokens} tokens: {times}"
+    site.reason = f"{described(site.geometry)}: {times}"
     return site

@@ -21,7 +21,8 @@ def affordable(sites: Sequence[SitePlan], tokens: int | None, batch_size: int, d
         tokens: of a text; where None, the sites say how many theirs are.
     """
     size = torch.empty(0, dtype=getattr(torch, dtype)).element_size()
-    largest = max((site.heads * (tokens or site.tokens) ** 2 for site in sites), default=0) * batch_size * size
+    pairs = (site.heads * (site.queries or tokens or site.tokens) * (tokens or site.tokens) for site in sites)
+    largest = max(pairs, default=0) * batch_size * size
     return [name for name in VARIANTS if name != "eager" or largest <= EAGER_BYTES]
 
 
@@ -45,5 +46,5 @@ def attention_memory_bytes(sites: Sequence[SitePlan], variant: str, subject: Sub
         elif variant in VARIANTS[2:] and site.decision == "patch":
             entries += site.stored
         else:
-            entries += site.heads * site.tokens
+            entries += site.heads * site.geometry.rows
     return round(entries * size)

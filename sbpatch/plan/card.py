@@ -9,7 +9,7 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from .plan import Plan
-from .report import COLUMNS_EXPLAINED, checked, number
+from .report import COLUMNS_EXPLAINED, checked, number, shape
 
 BLUE, ORANGE, GREEN, GREY = "#2b6cb0", "#dd7a2b", "#3a8f5c", "#9aa5b1"
 
@@ -17,8 +17,8 @@ BLUE, ORANGE, GREEN, GREY = "#2b6cb0", "#dd7a2b", "#3a8f5c", "#9aa5b1"
 def model_card(plan: Plan) -> str:
     """README.md of a patched directory."""
     rows = "\n".join(
-        f"| `{s.name}` | {s.tokens} | {s.heads} | {number(s.entropy_ratio, '.3f')} | {s.decision} | {s.method or ''} "
-        f"| {number(s.nnz, '.1f')} | {number(s.rank, 'd')} | {number(s.budget, '.4f')} "
+        f"| `{s.name}` | {shape(s.tokens, s.queries)} | {s.heads} | {number(s.entropy_ratio, '.3f')} | {s.decision} "
+        f"| {s.method or ''} | {number(s.nnz, '.1f')} | {number(s.rank, 'd')} | {number(s.budget, '.4f')} "
         f"| {number(s.matrix_error, '.3f')} | {number(s.output_error, '.4f')} "
         f"| {number(s.exact_ms, '.3g')} | {number(s.patched_ms, '.3g')} | {s.reason} |"
         for s in plan.sites
@@ -109,7 +109,7 @@ def plot_plan(plan: Plan, path: Path) -> None:
     left.plot([], [], "o", color=BLUE, label="patched")
     left.plot([], [], "o", color=GREY, label="exact")
     left.legend(loc="lower left", fontsize=8)
-    names = [f"{_short(s.name)}\n{s.tokens} tokens\n{s.method}" for s in patched]
+    names = [f"{_short(s.name)}\n{shape(s.tokens, s.queries)} tokens\n{s.method}" for s in patched]
     sparse = [100 * (s.nnz or 0) / s.geometry.row_keys for s in patched]
     low_rank = [100 * (s.budget or 0) - x for s, x in zip(patched, sparse, strict=True)]
     middle.barh(range(len(patched)), sparse, height=0.5, color=ORANGE, label="exact keys (sparse)")

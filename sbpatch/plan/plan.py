@@ -110,6 +110,8 @@ class SitePlan(Setting):
     heads: Heads
     head_dim: Width
     key_heads: Count = 0  # of keys and values, where query heads share them
+    queries: Tokens | None = None  # where they are not as many as the keys
+    value_dim: Width | None = None  # where values are not as wide as keys
     causal: bool = False
     grid: tuple[Tokens, Tokens] | None = None
     prefix: Count = 0
@@ -144,19 +146,22 @@ class SitePlan(Setting):
         return cls.model_validate(
             {
                 "name": site.name, "class": site.class_name, "tokens": g.tokens, "heads": g.heads, "head_dim": g.head_dim,
-                "key_heads": g.key_heads, "causal": g.causal, "grid": g.grid, "prefix": g.prefix, "decision": decision,
-                "reason": reason,
+                "key_heads": g.key_heads, "queries": g.queries or None, "value_dim": g.value_dim or None,
+                "causal": g.causal, "grid": g.grid, "prefix": g.prefix, "decision": decision, "reason": reason,
             }
         )  # fmt: skip
 
     @property
     def geometry(self) -> Geometry:
-        return Geometry(self.tokens, self.heads, self.head_dim, self.causal, self.grid, self.prefix, self.key_heads)
+        return Geometry(
+            self.tokens, self.heads, self.head_dim, self.causal, self.grid, self.prefix, self.key_heads,
+            self.queries or 0, self.value_dim or 0,
+        )  # fmt: skip
 
     @property
     def entries(self) -> float:
         """Entries of the exact attention of one sample: half the square where it is causal."""
-        return self.heads * self.tokens * self.geometry.row_keys
+        return self.heads * self.geometry.rows * self.geometry.row_keys
 
     @property
     def stored(self) -> float:

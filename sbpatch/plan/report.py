@@ -20,6 +20,8 @@ COLUMNS_EXPLAINED = (
     "speed: time of exact attention over time of this, by the device's cost table"
 )
 
+SHAPE_EXPLAINED = "n: 4096/1024 are 4096 queries against 1024 keys"
+
 
 def simple_table(title: str, **columns: JustifyMethod) -> Table:
     """A table whose first column folds where the terminal is narrow; figures are never cut."""
@@ -27,6 +29,11 @@ def simple_table(title: str, **columns: JustifyMethod) -> Table:
     for i, (name, justify) in enumerate(columns.items()):
         table.add_column(name.strip("_").replace("_", " "), justify=justify, overflow="fold", no_wrap=i > 0)
     return table
+
+
+def shape(tokens: int, queries: int | None) -> str:
+    """A site's tokens, or its queries and keys where these are of different numbers."""
+    return f"{queries}/{tokens}" if queries else str(tokens)
 
 
 def plan_table(plan: Plan) -> RenderableType:
@@ -40,7 +47,7 @@ def plan_table(plan: Plan) -> RenderableType:
         label = site.name + (f" and {count - 1} like it" if count > 1 else "")
         method = site.method if site.decision == "patch" else Text(site.decision, style="dim")
         table.add_row(
-            label, str(site.tokens), str(site.heads), number(site.entropy_ratio, ".2f"), method,
+            label, shape(site.tokens, site.queries), str(site.heads), number(site.entropy_ratio, ".2f"), method,
             number(site.nnz, ".1f"), number(site.rank, "d"), number(site.budget, ".4f"), number(site.output_error, ".4f"),
             number(_speed(site), ".1f"),
         )  # fmt: skip
@@ -53,7 +60,8 @@ def plan_table(plan: Plan) -> RenderableType:
     )
     if plan.check:
         notes.append(Text(checked(plan)))
-    return Group(table, *notes, Text(COLUMNS_EXPLAINED, style="dim"))
+    other = f" · {SHAPE_EXPLAINED}" if any(site.queries for site in plan.sites) else ""
+    return Group(table, *notes, Text(COLUMNS_EXPLAINED + other, style="dim"))
 
 
 def _speed(site: SitePlan) -> float | None:
@@ -80,10 +88,11 @@ def sites_table(plan: Plan) -> RenderableType:
     )  # fmt: skip
     for site in plan.sites:
         grid = "" if site.grid is None else f"{site.prefix} + {site.grid[0]}x{site.grid[1]}"
-        shape = (str(site.tokens), str(site.heads), str(site.head_dim))
-        table.add_row(site.name, site.class_name, *shape, "yes" if site.causal else "no", grid, site.decision)
+        cells = (shape(site.tokens, site.queries), str(site.heads), str(site.head_dim))
+        table.add_row(site.name, site.class_name, *cells, "yes" if site.causal else "no", grid, site.decision)
     reasons = dict.fromkeys(f"{s.decision}: {s.reason}" for s in plan.sites if s.decision != "patch")
-    return Group(table, *(Text(reason) for reason in reasons))
+    notes = [SHAPE_EXPLAINED] if any(site.queries for site in plan.sites) else []
+    return Group(table, *(Text(note) for note in [*reasons, *notes]))
 
 
 # Columns of eval that are there where they apply: key -> (heading, form, what it means).
@@ -158,7 +167,8 @@ def _grouped(sites: list[SitePlan]) -> list[tuple[SitePlan, int]]:
     for site in sites:
         last = groups[-1][0] if groups else None
         alike = last is not None and all(
-            getattr(site, key) == getattr(last, key) for key in ("tokens", "heads", "head_dim", "decision", "reason")
+            getattr(site, key) == getattr(last, key)
+            for key in ("tokens", "queries", "heads", "head_dim", "decision", "reason")
         )
         if alike and site.decision != "patch" and last is not None:
             groups[-1] = (last, groups[-1][1] + 1)

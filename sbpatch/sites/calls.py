@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from ..attention import masks
+from ..attention.core import query_mask
 from ..errors import SbpatchError
 from .products import product
 
@@ -39,6 +40,11 @@ class Call:
     @property
     def softmax_scale(self) -> float:
         return self.query.shape[-1] ** -0.5 if self.scale is None else self.scale
+
+    @property
+    def query_mask(self) -> Tensor | None:
+        """Which queries are real, (B, n) bool: those of the real keys' tokens; None where all are, or nothing is known."""
+        return query_mask(self.query, self.key_mask, self.key)
 
     def exact(self) -> Tensor:
         """What the model itself computes here."""
@@ -127,7 +133,10 @@ class Redirect(TorchFunctionMode):
             self.attending = False
 
     def _attend_product(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        return self.attend(Call(query, key, value, scale=scale))
+        if query.ndim == 4:
+            return self.attend(Call(query, key, value, scale=scale))
+        q, k, v = (x[:, None] for x in (query, key, value))  # one head
+        return self.attend(Call(q, k, v, scale=scale))[:, 0].contiguous()  # as bmm gives it
 
 
 # -- nn.MultiheadAttention -------------------------------------------------------------------------------------------

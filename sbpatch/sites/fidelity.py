@@ -47,14 +47,15 @@ def matrix_error(layer: nn.Module, call: Call, columns: int = 256) -> Tensor:
     call = all_heads(call)
     heads = call.query.shape[:2]
     every = torch.arange(call.key.shape[-2], device=call.query.device)
-    real = None if call.key_mask is None else call.key_mask[:, None, :, None]
-    log_sum = torch.cat([_logits(call, rows, every).logsumexp(-1) for rows in every.split(columns)], 2)[..., None]
+    queries = torch.arange(call.query.shape[-2], device=call.query.device)
+    real = None if call.query_mask is None else call.query_mask[:, None, :, None]
+    log_sum = torch.cat([_logits(call, rows, every).logsumexp(-1) for rows in queries.split(columns)], 2)[..., None]
     wrong, whole = torch.zeros(2, *heads, device=every.device)
     count = min(len(every), COLUMNS)
     chosen = torch.arange(count, device=every.device) * len(every) // count
     for column in chosen.split(columns):
         part = (every[:, None] == column).to(call.query.dtype).expand(*heads, -1, -1)
-        exact = (_logits(call, every, column) - log_sum).exp()
+        exact = (_logits(call, queries, column) - log_sum).exp()
         found = layer(call.query, call.key, part, key_mask=call.key_mask, scale=call.scale).float()
         if real is not None:
             exact, found = exact.masked_fill(~real, 0), found.masked_fill(~real, 0)
@@ -66,20 +67,22 @@ def matrix_error(layer: nn.Module, call: Call, columns: int = 256) -> Tensor:
 def head_profile(call: Call, rows: int = 256) -> dict[str, Tensor]:
     """What the exact attention of each head is like, means over `rows` evenly spaced query rows: {name: (B, H)}.
 
+    Where queries and keys are of different numbers, near to a query are the keys as far along theirs as it is along its own.
+
     `entropy` in nats; `logit_spread`, the standard deviation of a row's logits; `sink_mass` and `locality`, the shares of the
     attention that the first `SINKS` and the `NEAR` nearest tokens get. Rows of padding are left out.
     """
     call = all_heads(call)
-    n, device = call.key.shape[-2], call.query.device
+    n, queries, device = call.key.shape[-2], call.query.shape[-2], call.query.device
     every = torch.arange(n, device=device)
-    index = torch.arange(min(rows, n), device=device) * n // min(rows, n)
+    index = torch.arange(min(rows, queries), device=device) * queries // min(rows, queries)
     logits = _logits(call, index, every)
     seen = logits > -torch.inf
     log_p = logits.log_softmax(-1)
     p = log_p.exp()
     count = seen.sum(-1).clamp(min=1)
     centred = (logits - (logits.masked_fill(~seen, 0).sum(-1) / count)[..., None]).masked_fill(~seen, 0)
-    near = (every[None, :] - index[:, None]).abs() <= (NEAR if call.is_causal else NEAR // 2)
+    near = (every[None, :] - index[:, None] * n // queries).abs() <= (NEAR if call.is_causal else NEAR // 2)
     figures = {
         "entropy": -(p * log_p.clamp(min=torch.finfo(log_p.dtype).min)).sum(-1),  # 0 ln 0 = 0
         "logit_spread": (centred.square().sum(-1) / count).sqrt(),
@@ -88,7 +91,8 @@ def head_profile(call: Call, rows: int = 256) -> dict[str, Tensor]:
     }
     weight = torch.ones_like(count, dtype=torch.float32)
     if call.key_mask is not None:
-        weight = weight * call.key_mask[:, None, index]
+        real = call.key_mask.any(-1, keepdim=True) if call.query_mask is None else call.query_mask[:, index]
+        weight = weight * real[:, None]
         figures = {name: values.masked_fill(weight == 0, 0) for name, values in figures.items()}  # all hidden: NaN
     total = weight.sum(-1).clamp(min=1)
     return {name: (values * weight).sum(-1) / total for name, values in figures.items()}
@@ -97,11 +101,12 @@ def head_profile(call: Call, rows: int = 256) -> dict[str, Tensor]:
 def second_moments(call: Call) -> tuple[Tensor, Tensor]:
     """Of the queries, and of the keys about their mean, scaled so that q.k is the logit: two (B, H, d, d) float64."""
     call = all_heads(call)
-    real = torch.ones_like(call.key[:, :1, :, :1], dtype=torch.float32)
-    if call.key_mask is not None:
-        real = call.key_mask[:, None, :, None].float()
-    count = real.sum(-2, keepdim=True).clamp(min=1)
-    q, k = call.query.float() * real, call.key.float() * real
-    k = (k - k.sum(-2, keepdim=True) / count) * real
-    query, key = ((x.mT @ x / count * abs(call.softmax_scale)).double() for x in (q, k))
+
+    def weighted(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        real = torch.ones_like(x[:, :1, :, :1], dtype=torch.float32) if mask is None else mask[:, None, :, None].float()
+        return x.float() * real, real, real.sum(-2, keepdim=True).clamp(min=1)
+
+    (q, _, queries), (k, real, keys) = weighted(call.query, call.query_mask), weighted(call.key, call.key_mask)
+    k = (k - k.sum(-2, keepdim=True) / keys) * real
+    query, key = ((x.mT @ x / n * abs(call.softmax_scale)).double() for x, n in ((q, queries), (k, keys)))
     return query, key

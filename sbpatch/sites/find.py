@@ -69,8 +69,9 @@ def _site(name: str, module: nn.Module, calls: list[Found], image: tuple[int, ..
         reason = f"{len(calls)} attention calls in one forward, which one setting cannot describe"
     grid, prefix = (None, 0) if image is None else _grid(first.tokens, *image)
     geometry = Geometry(
-        first.tokens, first.heads, first.head_dim, first.causal, grid, prefix, 0 if reason else first.key_heads
-    )
+        first.tokens, first.heads, first.head_dim, first.causal, grid, prefix, 0 if reason else first.key_heads,
+        first.queries, first.value_dim,
+    )  # fmt: skip
     return Site(name, type(module).__name__, geometry, reason, first.by_hand)
 
 

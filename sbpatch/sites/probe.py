@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..data.batch import Inputs, run
+from ..data.batch import Inputs, count, run
+from . import products
 from .calls import MULTI_HEAD, SDPA, Call, Redirect, multi_head_reason
-from .products import MATMULS, SOFTMAXES, Product
+from .products import SOFTMAXES, Product
 
-PRODUCTS = MATMULS | {torch.bmm, Tensor.bmm, torch.baddbmm, torch.einsum}
+PRODUCTS = products.PRODUCTS | {torch.baddbmm, torch.einsum}
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,8 @@ class Found:
     unsupported: str | None = None
     by_hand: bool = False
     key_heads: int = 0  # where fewer than heads
+    queries: int = 0  # where not as many as keys
+    value_dim: int = 0  # where not head_dim
 
 
 class Probe(Redirect):
@@ -35,13 +38,14 @@ class Probe(Redirect):
         super().__init__(self._note)
         self.running: list[nn.Module] = []
         self.found: dict[nn.Module, list[Found]] = {}
+        self.samples = 0  # of the batch
         self.again = False  # a module that took its softmax by hand runs once more, its products caught
         self.products: dict[nn.Module, dict[int, int]] = {}  # entries of a matrix product -> width of its factors
 
     @torch.inference_mode()
     def run(self, model: nn.Module, example: Inputs) -> dict[nn.Module, list[Found]]:
         """What each module computed, in the order they were reached."""
-        handles = []
+        handles, self.samples = [], count(example)
         for module in model.modules():
             handles.append(module.register_forward_pre_hook(lambda m, _: self.running.append(m)))
             handles.append(module.register_forward_hook(self._leave, with_kwargs=True, always_call=True))
@@ -84,12 +88,21 @@ class Probe(Redirect):
         else:
             known.append(found)
 
+    def _attend_product(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        if query.ndim == 3 and len(query) != self.samples:
+            raise ValueError("heads or windows folded into the batch")  # the module is left as it is, see `_as_calls`
+        return super()._attend_product(query, key, value, scale)
+
     def _note(self, call: Call) -> Tensor:
-        q, k = call.query, call.key
+        q, k, v = call.query, call.key, call.value
         reason, causal = _unsupported(call), call.causality()
         heads = q.shape[-3] if q.ndim > 2 else 1
         key_heads = k.shape[-3] if k.ndim > 2 and k.shape[-3] != heads else 0
-        found = Found(k.shape[-2], heads, q.shape[-1], bool(causal), reason, key_heads=key_heads)
+        queries = 0 if q.shape[-2] == k.shape[-2] else q.shape[-2]
+        width = 0 if v.shape[-1] == q.shape[-1] else v.shape[-1]
+        found = Found(
+            k.shape[-2], heads, q.shape[-1], bool(causal), reason, key_heads=key_heads, queries=queries, value_dim=width
+        )
         self._add(self.running[-1], found)
         return call.exact()
 
@@ -99,12 +112,11 @@ class Probe(Redirect):
         if width is None or x.ndim < 3 or dim not in (-1, x.ndim - 1):
             return
         reason = f"a softmax of its own over {x.shape[-2]} x {x.shape[-1]} products, not seen to be softmax(Q K^T) V"
-        if x.shape[-2] != x.shape[-1]:
-            reason = _unequal(x.shape[-2], x.shape[-1])
-        elif getattr(getattr(module, "config", None), "_attn_implementation", None) == "eager":
+        if getattr(getattr(module, "config", None), "_attn_implementation", None) == "eager":
             reason += "; load the model with attn_implementation='sdpa'"
         heads = x.shape[-3] if x.ndim > 3 else 1
-        self._add(module, Found(x.shape[-1], heads, width, unsupported=reason, by_hand=True))
+        queries = 0 if x.shape[-2] == x.shape[-1] else x.shape[-2]
+        self._add(module, Found(x.shape[-1], heads, width, unsupported=reason, by_hand=True, queries=queries))
 
     def _note_multi_head(self, query: Tensor, key: Tensor, *args: Any, **options: Any) -> None:
         width, heads, _, _, bias_k, _, zero = args[1:8]
@@ -157,19 +169,19 @@ def _unsupported(call: Call) -> str | None:
     if q.ndim != 4:
         windows = f"attention in windows of {k.shape[-2]} tokens, " if q.ndim > 4 else ""
         return f"{windows}{q.ndim}-D queries where (B, H, n, d) is meant"
-    if q.shape[-2] != k.shape[-2]:
-        return _unequal(q.shape[-2], k.shape[-2])
-    if v.shape[-1] != q.shape[-1]:
-        return f"values {v.shape[-1]} wide and queries {q.shape[-1]}"
     if len(k) != len(q) or q.shape[1] % k.shape[1] or v.shape[:2] != k.shape[:2]:
         return f"{k.shape[1]} key heads for {q.shape[1]} query heads"
-    if call.causality() is None:
+    causal = call.causality()
+    if causal is None:
         return "a dense attention mask or bias"
+    queries, keys = q.shape[-2], k.shape[-2]
+    if queries == 1 != keys:
+        return f"1 query against {keys} keys, which it reads at less cost than any choice among them would have"
+    if causal and queries != keys:
+        return f"causal attention of {queries} queries against {keys} keys"
+    if causal and v.shape[-1] != q.shape[-1]:
+        return f"causal attention with values {v.shape[-1]} wide and queries {q.shape[-1]}"
     return None
-
-
-def _unequal(queries: int, keys: int) -> str:
-    return f"{queries} queries against {keys} keys: not self-attention"
 
 
 def _same(a: Any, b: Any) -> bool:

@@ -19,6 +19,7 @@ from ..attention.per_head import Layer, PerHead
 from ..errors import SbpatchError
 from . import interface
 from .calls import Call, Redirect
+from .products import multiplied_out
 
 
 @cache
@@ -31,7 +32,7 @@ def _patched_class(cls: Any) -> type[nn.Module]:
             return self.sbpatch(call)
 
         with Redirect(attend):
-            output = cls.forward(self, *args, **kwargs)
+            output = multiplied_out(cls.forward(self, *args, **kwargs))
         if not caught:
             raise SbpatchError(
                 f"a patched {cls.__name__} computed its attention in another way than at calibration (asked for its weights, "
@@ -84,15 +85,17 @@ class PatchedSite(nn.Module):
                 f"site '{self.name}' was calibrated with {site.heads} heads of width {site.head_dim} and is now called with "
                 f"{heads} of width {head_dim}: the plan was made for another model"
             )
-        if queries != keys or call.dropout_p:
+        if (queries != keys and not site.queries) or call.dropout_p:
             raise SbpatchError(
                 f"site '{self.name}' was calibrated for self-attention without dropout, and is now called with "
                 f"{f'dropout {call.dropout_p:g}' if call.dropout_p else f'{queries} queries and {keys} keys'}; leave it "
                 "exact (--exclude), or set its dropout to 0"
             )
         layer = self.layer_for(keys, call.query.device)
-        if ((keys + 1) / 2 if site.causal else keys) <= layer.stored:
-            return call.exact()  # a row reads fewer keys than the layer would store for it
+        if min(queries, (keys + 1) / 2 if site.causal else keys) <= layer.stored:
+            return (
+                call.exact()
+            )  # a row reads fewer keys than the layer would store for it, or is one of few that read them
         try:
             call = call.plain(site.causal)
         except SbpatchError as error:

@@ -38,7 +38,15 @@ from ..sites.observe import Watcher, check_finite, observed
 from ..writing import json_text, written_whole
 from . import analyze_plots
 from .analyze_plots import table as table  # the figures for the terminal
-from .entries import ENTRY_SAMPLES, Case, feature_estimates, process_case, single_entries, sized_layer
+from .entries import (
+    ENTRY_SAMPLES,
+    Case,
+    feature_estimates,
+    process_case,
+    row_parameters,
+    single_entries,
+    sized_layer,
+)
 from .oracles import SHARE, SPLITS, both_parts, process_sweep, pure_errors, rank_for, relative
 
 JSON_FILE = "analysis.json"
@@ -68,7 +76,7 @@ def analyze(
         raise SbpatchError("no samples to analyze")
     sites = [s for s in find_sites(loaded.model, batch.samples(batches[0], 0, 1)) if s.unsupported is None]
     if not sites:
-        raise SbpatchError(f"no attention of {loaded.name} is plain self-attention, so there is nothing to analyze")
+        raise SbpatchError(f"no attention of {loaded.name} is plain attention, so there is nothing to analyze")
     heads = [(site, head) for site in sites for head in range(site.geometry.heads)]
     heads = [heads[i * len(heads) // min(len(heads), MATRICES)] for i in range(min(len(heads), MATRICES))]
     samples = min(sum(map(batch.count, batches)), max(1, min(SAMPLES, MATRICES // len(heads))))
@@ -80,7 +88,7 @@ def analyze(
     ]
     settings = {
         "samples": samples, "heads": len(heads), "matrices": len(points), "share": SHARE, "splits": list(SPLITS),
-        "subsampled": {s.name: [s.geometry.tokens, TOKENS] for s in sites if s.geometry.tokens > TOKENS},
+        "subsampled": {s.name: [longest, TOKENS] for s in sites if (longest := _longest(s)) > TOKENS},
     }  # fmt: skip
     cases = list(_cases(heads, calls, seed).items())
     return {
@@ -101,15 +109,16 @@ def analyze(
 def _collect(
     loaded: Checkpoint, sites: list[Site], batches: Sequence[batch.Inputs], samples: int, progress: Progress[Any]
 ) -> dict[str, list[Call]]:
-    """q, k, v of every site at its evenly spaced real tokens, one call a sample, in float32, all with as many heads."""
+    """q, k, v of every site at evenly spaced real tokens of theirs, one call a sample, in float32, all with as many heads."""
     calls: dict[str, list[Call]] = {site.name: [] for site in sites}
 
     def watcher(name: str) -> Watcher:
         def watch(call: Call, output: Tensor) -> None:
-            mask = call.key_mask[0] if call.key_mask is not None else call.key.new_ones(call.key.shape[-2])
-            real = mask.nonzero()[:, 0]
-            index = real[torch.arange(min(len(real), TOKENS), device=real.device) * len(real) // min(len(real), TOKENS)]
-            three = (x.index_select(2, index).float() for x in (call.query, call.key, call.value))
+            keys, queries = _evenly(call.key, call.key_mask), _evenly(call.query, call.query_mask)
+            three = (
+                x.index_select(2, index).float()
+                for x, index in ((call.query, queries), (call.key, keys), (call.value, keys))
+            )
             every = (repeated(x, call.query.shape[1]).split(1) for x in three)
             for q, k, v in zip(*every, strict=True):
                 calls[name].append(Call(q, k, v, is_causal=call.is_causal, scale=call.softmax_scale))
@@ -123,12 +132,24 @@ def _collect(
     return calls
 
 
+def _longest(site: Site) -> int:
+    return max(site.geometry.rows, site.geometry.tokens)
+
+
+def _evenly(x: Tensor, mask: Tensor | None) -> Tensor:
+    """At most `TOKENS` evenly spaced real rows of x (1, H, n, d), mask (1, n): their indices."""
+    real = torch.arange(x.shape[-2], device=x.device) if mask is None else mask[0].nonzero()[:, 0]
+    count = min(len(real), TOKENS)
+    return real[torch.arange(count, device=real.device) * len(real) // count]
+
+
 # -- one matrix ------------------------------------------------------------------------------------------------------
 
 
 def _head(site: Site, head: int, call: Call) -> tuple[Tensor, Tensor, Tensor, Geometry]:
     q, k, v = (x[:, head : head + 1] for x in (call.query, call.key, call.value))
-    return q, k, v, Geometry(q.shape[-2], 1, site.geometry.head_dim, site.geometry.causal)
+    rows, keys = q.shape[-2], k.shape[-2]
+    return q, k, v, Geometry(keys, 1, q.shape[-1], site.geometry.causal, queries=0 if rows == keys else rows)
 
 
 def _point(site: Site, head: int, sample: int, calls: list[Call], seed: int) -> dict[str, Any]:
@@ -137,7 +158,7 @@ def _point(site: Site, head: int, sample: int, calls: list[Call], seed: int) -> 
     scale, n = calls[sample].softmax_scale, geometry.tokens
     matrix = exact_matrix(q, k, scale, geometry.causal)[0, 0]
     check_finite(matrix, f"site '{site.name}'", "its attention matrix")
-    rank = rank_for(n, n, SHARE)
+    rank = rank_for(geometry.rows, n, SHARE)
     entropy = float(-torch.xlogy(matrix, matrix).sum(-1).mean())
 
     def oracle() -> tuple[float, float]:
@@ -149,7 +170,7 @@ def _point(site: Site, head: int, sample: int, calls: list[Call], seed: int) -> 
     for method in METHODS:
         tried = []
         for share in SPLITS:
-            layer = sized_layer(method, geometry, 2 * rank, share, seed)
+            layer = sized_layer(method, geometry, row_parameters(rank, geometry), share, seed)
             if layer is not None:
                 layer = layer.to(q.device)
                 tried.append((relative(layer(q, k, unit, scale=scale)[0, 0].double() - matrix, matrix), share, layer))

@@ -118,9 +118,9 @@ def plot_process(result: Result, path: Path) -> None:
     """Theorem 1: the three approximations of Process 1 over beta, the regimes shaded."""
     process = result["process"]
     rows = process["rows"]
-    x = _column(rows, "beta_over_ln_n")
+    x = _column(rows, "ratio")
     title = (
-        f"Process 1, n = {process['n']}, clusters of {process['cluster']}: exp(beta Q Q^T) by "
+        f"Process 1, n = {process['n']}, d = {process['width']}, clusters of {process['cluster']}: exp(beta Q Q^T) by "
         f"{process['kept_per_row']} parameters a row"
     )
     figure, (panel,) = _figure(title, 1, 7.5)
@@ -131,13 +131,15 @@ def plot_process(result: Result, path: Path) -> None:
     shades = {"low-rank": BLUE, "sparse + low-rank": GREEN, "sparse": ORANGE, "none": GREY}
     step = (x[-1] / x[0]) ** (0.5 / max(len(x) - 1, 1))
     for row in rows:
-        middle = row["beta_over_ln_n"]
+        middle = row["ratio"]
         panel.axvspan(middle / step, middle * step, color=shades[row["regime"]], alpha=0.13, linewidth=0)
     for name in dict.fromkeys(_column(rows, "regime")):
-        own = [row["beta_over_ln_n"] for row in rows if row["regime"] == name]
+        own = [row["ratio"] for row in rows if row["regime"] == name]
         panel.text((own[0] * own[-1]) ** 0.5, 1.06, f"{name}\nsuffices", ha="center", va="center", fontsize=9)
     panel.set(
-        xlabel="beta / ln n (high temperature left, low right)", ylabel="relative Frobenius error", ylim=(0, 1.14)
+        xlabel="beta sqrt(d) / ln n (high temperature left, low right)",
+        ylabel="relative Frobenius error",
+        ylim=(0, 1.14),
     )
     panel.legend(fontsize=8, loc="center left")
     _save(figure, path)
@@ -188,11 +190,11 @@ def table(result: dict[str, Any]) -> RenderableType:
         rank = (str(row["rank"]), f"{math.log(row['rank']):.2f}")
         features.add_row(row["site"], *rank, *(f"{row[key]:.2f}" for key in shown))
     regimes = simple_table(
-        f"Process 1: what suffices for an error of {process['epsilon']:g}", beta="right", per_ln_n="right",
+        f"Process 1: what suffices for an error of {process['epsilon']:g}", beta="right", ratio="right",
         sparse="right", low_rank="right", both="right", regime="left",
     )  # fmt: skip
     for row in process["rows"]:
-        keys = ("beta_over_ln_n", "sparse_error", "low_rank_error", "both_error")
+        keys = ("ratio", "sparse_error", "low_rank_error", "both_error")
         regimes.add_row(f"{row['beta']:.2f}", *(f"{row[key]:.3f}" for key in keys), row["regime"])
     note = (
         f"{settings['matrices']} matrices: {settings['heads']} heads, {settings['samples']} samples. Entropy: over ln n · "

@@ -29,7 +29,13 @@ CAUSAL_METHODS = ("blocks", "window", "sinks", "window+favor", "lsh+favor", "aut
 LENGTHS = (1024, 4096, 16384)
 REPEATS = 5
 EAGER_BYTES = 1 << 30  # eager attention is left out where its matrix alone would take more
-SHAPE = ("tokens", "heads", "head_dim", "batch", "causal")  # keys of a row that say what the call is
+SHAPE = (
+    "tokens",
+    "heads",
+    "head_dim",
+    "batch",
+    "causal",
+)  # keys of a row that say what the call is; and `queries`, if others
 
 Row = dict[str, Any]  # in the contract's keys
 Moments = tuple[Tensor, Tensor]  # see `fidelity.second_moments`, means over samples: (H, d, d) each
@@ -90,7 +96,7 @@ def automatic(call: Call, site: Site, budget: float, seed: int, moments: Moments
         return None
     exact = call.exact()
     layers = [c.layer for c in tried if isinstance(c.layer, Scatterbrain)]
-    errors = [float(output_error(call.through(layer), exact, call.key_mask).mean()) for layer in layers]
+    errors = [float(output_error(call.through(layer), exact, call.query_mask).mean()) for layer in layers]
 
     def quick(work: Callable[[], Tensor]) -> float:
         timed = without_launches(work, device)
@@ -143,11 +149,12 @@ def call_rows(
         said[method] = {"budget": layer.stored / geometry.row_keys}
         said[method] |= {"chosen": layer.method} if method == "auto" else {}
         work[method] = partial(call.through, layer)
-    figures = _figures(work, exact, call.key_mask)
+    figures = _figures(work, exact, call.query_mask)
     shape = (geometry.tokens, geometry.heads, geometry.head_dim, len(call.query), geometry.causal)
+    described = dict(zip(SHAPE, shape, strict=True)) | ({"queries": geometry.queries} if geometry.queries else {})
     rows = []
     for method in dict.fromkeys(("sdpa", "eager", *methods)):
-        row = dict(zip(SHAPE, shape, strict=True)) | {"method": method} | said[method]
+        row = described | {"method": method} | said[method]
         if method in figures:
             rows.append(row | figures[method])
         elif "chosen" in row:

@@ -130,7 +130,7 @@ def joined(by_site: Sequence[Sequence[Row]]) -> list[Row]:
     """
     shapes: dict[tuple[Any, ...], list[Sequence[Row]]] = {}
     for rows in by_site:
-        shapes.setdefault(tuple(rows[0][key] for key in SHAPE), []).append(rows)
+        shapes.setdefault(tuple(rows[0].get(key) for key in (*SHAPE, "queries")), []).append(rows)
     found: list[Row] = []
     for sites in shapes.values():
         found += with_speedups([_joined(same) for same in zip(*sites, strict=True)])
@@ -139,7 +139,7 @@ def joined(by_site: Sequence[Sequence[Row]]) -> list[Row]:
 
 def _joined(rows: Sequence[Row]) -> Row:
     """The rows of one method at sites of one shape -> one."""
-    first = {key: rows[0][key] for key in (*SHAPE, "method")} | {"sites": len(rows)}
+    first = {key: rows[0][key] for key in (*SHAPE, "queries", "method") if key in rows[0]} | {"sites": len(rows)}
     if skipped := next((row for row in rows if "skipped" in row), None):
         return first | {"budget": skipped["budget"], "skipped": skipped["skipped"]}
     if "chosen" in rows[0]:

@@ -20,7 +20,7 @@ from .oracles import PROCESS, SHARE, process_queries, rank_for
 
 ENTRY_METHODS = ("favor", "lsh", "window", "lsh+favor", "window+favor")
 ENTRY_SEEDS, ENTRY_SAMPLES, ENTRY_BINS = 4, 2, 16
-ENTRY_BETA = 1.0  # of Process 1 there
+ENTRY_BETA = PROCESS["width"] ** -0.5  # of Process 1 there: squared norms of sqrt(beta) Q are about 1
 FEATURE_DRAWS = 8
 Case = tuple[Tensor, Tensor, Geometry]  # q, k (1, 1, n, d) with logits q.k
 
@@ -43,9 +43,14 @@ def sized_layer(method: str, site: Geometry, stored: float, split: float, seed: 
         return None
 
 
+def row_parameters(rank: int, site: Geometry) -> float:
+    """What a matrix of that rank has for one of its rows: rank (rows + columns) / rows, so 2 rank where it is square."""
+    return rank * (site.rows + site.tokens) / site.rows
+
+
 def process_case(seed: int) -> Case:
     """Queries of Process 1, which are its keys too."""
-    q = process_queries(**PROCESS, seed=seed)[None, None].float() * math.sqrt(ENTRY_BETA)  # type: ignore[arg-type]
+    q = process_queries(**PROCESS, seed=seed)[None, None].float() * math.sqrt(ENTRY_BETA)
     return q, q, Geometry(q.shape[-2], 1, q.shape[-1])
 
 
@@ -59,7 +64,10 @@ def single_entries(name: str, cases: Sequence[Case], seed: int) -> dict[str, Any
         log_sum = logits.masked_fill(~allowed, -torch.inf).logsumexp(-1, keepdim=True)
         exact.append(logits[allowed].cpu())
         for method in ENTRY_METHODS:
-            wrong, stored = torch.zeros_like(logits), 2 * rank_for(geometry.tokens, geometry.tokens, SHARE)
+            wrong, stored = (
+                torch.zeros_like(logits),
+                row_parameters(rank_for(geometry.rows, geometry.tokens, SHARE), geometry),
+            )
             for draw in range(ENTRY_SEEDS):
                 layer = sized_layer(method, geometry, stored, 0.5, seed + 101 * draw)
                 if layer is None:  # too few tokens for the method
@@ -84,7 +92,7 @@ def feature_estimates(name: str, cases: Sequence[Case], seed: int) -> dict[str, 
     all pairs alike.
     """
     sums: dict[str, float] = {}
-    rank = rank_for(cases[0][2].tokens, cases[0][2].tokens, SHARE)
+    rank = rank_for(cases[0][2].rows, cases[0][2].tokens, SHARE)
     for q, k, geometry in cases:
         logits = (q.double() @ k.double().mT)[0, 0]
         hidden = (

@@ -17,7 +17,15 @@ from ..progress import Progress, no_progress
 
 SHARE = 1 / 8  # parameters of every approximation of a model's matrix over its entries
 SPLITS = (0.25, 0.5, 0.75)  # of the parameters for the low-rank part; the best is taken
-PROCESS = {"n": 256, "cluster": 4, "width": 256, "spread": 0.1}
+N = 256  # tokens of Process 1
+# The paper fixes orders alone: clusters of O(1), d of log^(3/2) n, Delta of 1 / log^(1/4) n. With these constants centres lie
+# far enough apart at this n: their squared length, about sqrt(d), is above the largest product of two of them.
+PROCESS: dict[str, Any] = {
+    "n": N,
+    "cluster": 4,
+    "width": round(16 * math.log(N) ** 1.5),
+    "delta": 0.1 / math.log(N) ** 0.25,
+}
 PROCESS_SHARE = 1 / 32  # parameters over entries: 8 kept entries a row, or rank 4
 EPSILON = 0.2  # relative error under which an approximation suffices
 BETAS = 17
@@ -73,35 +81,36 @@ def pure_errors(matrix: Tensor, budget_rank: int) -> dict[str, float]:
 # -- Process 1 -------------------------------------------------------------------------------------------------------
 
 
-def process_queries(n: int, cluster: int, width: int, spread: float, seed: int) -> Tensor:
-    """Q of Process 1, (n, width) float64: n / cluster centres of norm about 1, `cluster` tokens around each.
+def process_queries(n: int, cluster: int, width: int, delta: float, seed: int) -> Tensor:
+    """Q of Process 1, (n, width) float64: n / cluster centres of squared norm about sqrt(width), `cluster` tokens around each.
 
-    Centres are N(0, I / width), what a token adds to its centre is N(0, spread^2 I / width).
+    Centres are N(0, I / sqrt(width)), what a token adds to its centre is N(0, delta I / sqrt(width)).
     """
     generator = torch.Generator().manual_seed(seed)
     centres = torch.randn(n // cluster, 1, width, generator=generator, dtype=torch.float64)
     around = torch.randn(n // cluster, cluster, width, generator=generator, dtype=torch.float64)
-    return ((centres + spread * around) / math.sqrt(width)).flatten(0, 1)
+    return ((centres + math.sqrt(delta) * around) / width**0.25).flatten(0, 1)
 
 
 def process_sweep(seed: int, progress: Progress[Any] = no_progress, betas: int = BETAS) -> dict[str, Any]:
-    """Errors of the three approximations to exp(beta Q Q^T), beta from 0.05 to 2 times ln n.
+    """Errors of the three approximations to exp(beta Q Q^T), beta from 0.05 to 2 times ln n / sqrt(d).
 
-    Each beta's regime is the simplest kind of approximation that suffices, by EPSILON: a single part where one does (the
-    better one, where both do), else both parts together, else none.
+    Squared norms are about sqrt(d), so that there exp(beta |q|^2) is n; `ratio` is beta over that. Each beta's regime is the
+    simplest kind of approximation that suffices, by EPSILON: a single part where one does (the better one, where both do),
+    else both parts together, else none.
     """
-    q = process_queries(**PROCESS, seed=seed)  # type: ignore[arg-type]
+    q = process_queries(**PROCESS, seed=seed)
     product = q @ q.mT
     n = len(product)
     rank = rank_for(n, n, PROCESS_SHARE)
     rows = []
     for i in progress(range(betas), "process 1"):
         ratio = 0.05 * 40 ** (i / max(betas - 1, 1))
-        beta = ratio * math.log(n)
+        beta = ratio * math.log(n) / math.sqrt(q.shape[-1])
         matrix = (beta * (product - product.max())).exp()  # its relative errors are those of exp(beta Q Q^T)
         errors = pure_errors(matrix, rank)
         errors["both_error"], split = both_parts(matrix, rank, [matrix])
-        rows.append({"beta": beta, "beta_over_ln_n": ratio, **errors, "split": split, "regime": regime(errors)})
+        rows.append({"beta": beta, "ratio": ratio, **errors, "split": split, "regime": regime(errors)})
     return {**PROCESS, "rank": rank, "kept_per_row": 2 * rank, "epsilon": EPSILON, "rows": rows}
 
 

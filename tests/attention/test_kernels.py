@@ -72,6 +72,15 @@ def test_tiles(dtype: torch.dtype, causal: bool, by_query: bool, masked: bool, p
     assert_close(tiles.attend_tiles(*arguments), plain.attend_tiles(*arguments), dtype)
 
 
+def test_tiles_of_queries_and_keys_of_different_numbers() -> None:
+    arguments = list(tile_arguments(torch.float32, False, False, True, 9, 2))
+    arguments[1], arguments[2], arguments[7] = draw(2, 2, 71, 24), draw(2, 2, 71, 40), some(2, 71)
+    arguments[5] = torch.stack([torch.randperm(71)[:21] for _ in range(12)]).view(2, 2, 3, 21).to(DEVICE)
+    found = tiles.attend_tiles(*arguments)
+    assert found.shape == (2, 4, 43, 40)
+    assert_close(found, plain.attend_tiles(*arguments), torch.float32)
+
+
 def test_a_query_without_keys_gets_zeros() -> None:
     arguments = list(tile_arguments(torch.float32, False, False, False, 0, 1))
     arguments[6] = torch.zeros_like(arguments[6])

@@ -11,7 +11,13 @@ from sbpatch.attention import PARTS, Geometry, Scatterbrain
 from sbpatch.errors import SbpatchError
 from sbpatch.study.compare import METHODS
 
-SIZES = {"hyperattention": {"bucket": 5, "rank": 6}, "monarch": {"rank": 6}, "wildcat": {"rank": 6}}
+SIZES = {
+    "hyperattention": {"bucket": 5, "rank": 6},
+    "kdeformer": {"bucket": 5, "rank": 6},
+    "monarch": {"rank": 6},
+    "thinformer": {"rank": 6},
+    "wildcat": {"rank": 6},
+}
 published = pytest.mark.parametrize("method", SIZES)
 
 

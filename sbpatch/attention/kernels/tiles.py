@@ -141,10 +141,10 @@ def attend_tiles(
     """Attention of all tiles over their keys and points.
 
     Args:
-        q, k, v: (B, H, n, d), (B, H_k, n, d), (B, H_k, n, e), the last dimension without gaps.
+        q, k, v: (B, H, n, d), (B, H_k, n_k, d), (B, H_k, n_k, e), the last dimension without gaps.
         query, place: (T, g) or (B, H_k, T, g) int64: rows of q, and rows of the output; n is written nowhere.
         key, valid: (..., T, L) int64 and (..., T, 1 or g, L) bool, see `core.Tiles`.
-        key_mask: (B, n) bool, True for real keys.
+        key_mask: (B, n_k) bool, True for real keys.
         point_key, point_value, point_bias: (B, H_k, T or 1, m, d), (..., m, e) in the dtype of q, and (..., m) float32.
         counts: (T,) int64, how many points each tile reads, the first ones.
 
