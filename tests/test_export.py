@@ -57,7 +57,7 @@ def patched_timm(folder: Path) -> Inputs:
 
 def patched_t2t(folder: Path) -> Inputs:
     model = t2t()
-    artifact.save(folder / "out", checkpoint_of(model, folder), plan_for(model, "window2d+favor"))
+    artifact.save(folder / "out", checkpoint_of(model, folder), plan_for(model, "clusters"))
     return torch.randn(3, 3, 64, 64)
 
 

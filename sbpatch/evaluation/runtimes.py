@@ -66,6 +66,7 @@ def _open_program(path: Path) -> Exported:
 
 @torch.no_grad()
 def _write_compiled(model: nn.Module, inputs: Inputs, path: Path) -> None:
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # that there is no GPU
     program = torch.export.export(model, **_arguments(inputs))
     whole = BytesIO()  # as above
     torch._inductor.aoti_compile_and_package(program, package_path=whole)
