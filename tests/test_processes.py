@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from test_cli import place, texts  # noqa: F401
+from test_cli import jpeg, place, texts  # noqa: F401
 from tiny import ROOT, command
 
 from sbpatch import processes
@@ -37,6 +37,14 @@ else:
     sys.argv.pop(1)
 main()
 """
+
+
+@pytest.fixture
+def five(place: Path) -> None:  # noqa: F811
+    """Images of as many classes as the model has."""
+    for name in "de":
+        Path("images", name).mkdir()
+        Path("images", name, "0.jpg").write_bytes(jpeg(ord(name)))
 
 
 def launched(
@@ -87,9 +95,9 @@ def test_eval_of_two_processes_is_that_of_one(capsys):
     args = ("eval", "llama", "--dataset", "text.txt", "--length", "48", "--limit", "7", "--batch-size", "2", "--json")
     done = launched(2, *args, "two.json", "--device", "cpu")
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.count("7 samples in batches of 2") == 1  # the table, once
+    assert done.stdout.count("llama on text.txt") == 1  # the table, once
     assert command(*args, "one.json") == 0
-    assert "7 samples in batches of 2" in capsys.readouterr().out
+    assert "llama on text.txt" in capsys.readouterr().out
     one, two = (json.loads(Path(f"{name}.json").read_text()) for name in ("one", "two"))
     assert two["processes"] == 2
     assert without_times(two["variants"]) == without_times(one["variants"])  # bit for bit
@@ -98,11 +106,10 @@ def test_eval_of_two_processes_is_that_of_one(capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("count", [2, 3])
-def test_calibrate_of_several_processes_is_that_of_one(count):
+def test_calibrate_of_three_processes_is_that_of_one():
     """The same plan and the same tensors, bit for bit, and nothing else is written."""
     args = ["calibrate", "tiny.pth", "--samples", "9", "--budget", "0.2", "--data", "images", "--keep-slow"]
-    done = launched(count, *args, "-o", "many", "--device", "cpu")
+    done = launched(3, *args, "-o", "many", "--device", "cpu")
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("written to many") == 1
     assert command(*args, "-o", "one", "--quiet") == 0
@@ -112,18 +119,7 @@ def test_calibrate_of_several_processes_is_that_of_one(count):
 
 
 @pytest.mark.slow
-def test_calibrate_shares_one_table_of_costs(tmp_path):
-    """One process times, all go by its times: without a common table their plans would differ, which is refused."""
-    args = ["calibrate", "tiny.pth", "--samples", "4", "--budget", "0.3", "--data", "images", "--dry-run", "--quiet"]
-    done = launched(2, *args, "--objective", "time", "--cost-table", str(tmp_path / "costs.json"), "--device", "cpu")
-    assert done.returncode in (0, 1), done.stderr[-2000:]
-    if done.returncode:  # nothing pays at so few tokens, which both find
-        assert "nothing to patch" in own_lines(done)[0]
-        assert len(own_lines(done)) == 1
-    assert json.loads((tmp_path / "costs.json").read_text())["ms"]
-
-
-@pytest.mark.slow
+@pytest.mark.usefixtures("five")
 def test_compare_of_two_processes_is_that_of_one():
     args = ["compare", "tiny.pth", "--dataset", "images", "--data", "images", "--samples", "4", "--budgets", "0.2"]
     args += ["--methods", "window,clusters,favor", "--quiet", "--json"]
@@ -137,6 +133,7 @@ def test_compare_of_two_processes_is_that_of_one():
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("five")
 @pytest.mark.parametrize("how", ["killed", "failing"])
 def test_a_process_that_dies_ends_all_with_one_line(how):
     Path("stricken.py").write_text(STRICKEN)
@@ -147,19 +144,5 @@ def test_a_process_that_dies_ends_all_with_one_line(how):
     assert done.returncode != 0
     (line,) = own_lines(done)
     assert ("only here" if how == "failing" else "another process of this run") in line
-    assert "Traceback" not in done.stderr.partition("torch.distributed")[0]
+    assert done.stderr.count("Traceback") == 1  # the launcher's own report
     assert sorted(Path().rglob("*")) == before
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("args", "said"),
-    [(["eval", "none.pth", "--dataset", "images"], "no such file"), (["inspect", "tiny.pth"], "one process")],
-)
-def test_a_refusal_is_said_once(args, said):
-    done = launched(2, *args)
-    assert done.returncode != 0
-    assert done.stdout == ""
-    lines = [line for line in own_lines(done) if said in line]
-    assert len(lines) == 1
-    assert len(own_lines(done)) == 1

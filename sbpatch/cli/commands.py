@@ -43,9 +43,8 @@ def main_options(
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True)] = False,
 ) -> None:
     name = context.invoked_subcommand
-    if processes.launched() > 1 and name in SHARED:
-        processes.join()
-    elif processes.launched() > 1 and name != "finetune":  # which has its own
+    processes.join()
+    if processes.count() > 1 and name not in SHARED:
         raise SbpatchError(f"'{name}' runs in one process: start it without the launcher")
 
 
@@ -59,7 +58,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "bench": bench_command,
     "finetune": finetune_command,
 }
-SHARED = ("calibrate", "eval", "compare")  # that several processes share
+SHARED = ("calibrate", "eval", "compare", "finetune")  # that several processes share
 for name, command in COMMANDS.items():
     app.command(name)(command)
 
