@@ -83,10 +83,14 @@ def _write_onnx(model: nn.Module, inputs: Inputs, path: Path) -> None:
     for chatty in ("torch.onnx", "onnxscript"):
         logging.getLogger(chatty).setLevel(logging.ERROR)
     names = ["images"] if isinstance(inputs, Tensor) else list(inputs)
-    torch.onnx.export(
-        model, f=path, dynamo=True, verbose=False, external_data=False, input_names=names, output_names=["answer"],
-        **_arguments(inputs),
-    )  # fmt: skip
+    program = torch.onnx.export(
+        model, dynamo=True, verbose=False, input_names=names, output_names=["answer"], **_arguments(inputs)
+    )
+    assert program is not None  # as it is where no file is given
+    whole = program.model_proto
+    for node in whole.graph.node:  # where in whose Python each came from: as much again as a small model's weights
+        del node.metadata_props[:]
+    path.write_bytes(whole.SerializeToString())
 
 
 def _open_onnx(path: Path) -> Exported:
