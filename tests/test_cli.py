@@ -19,7 +19,7 @@ from sbpatch.calibration.costs import default_path
 from sbpatch.data.sources import batches, open_images
 from sbpatch.data.texts import open_text
 from sbpatch.data.tokens import windows
-from sbpatch.evaluation import evaluate
+from sbpatch.evaluation import variants
 from sbpatch.models.load import load_checkpoint
 
 CALIBRATED = ["README.md", "config.json", "model.safetensors", "report.png", "sbpatch.json", "sbpatch.safetensors"]
@@ -179,7 +179,7 @@ def test_recipe_and_the_flags_before_it(capsys):
 def test_evaluated_model_is_the_one_that_loads(patched):
     checkpoint = load_checkpoint(str(patched))
     x, _ = next(batches(open_images("images", checkpoint.preprocessing), 9))
-    logits = {v: evaluate.build(evaluate.Subject(str(patched)), v, x[:1])(x) for v in evaluate.VARIANTS}
+    logits = {v: variants.build(variants.Subject(str(patched)), v, x[:1])(x) for v in variants.VARIANTS}
     assert torch.equal(logits["patched"], sbpatch.load(patched)(x))
     assert torch.equal(logits["sdpa"], t2t()(x))
     assert not torch.equal(logits["patched"], logits["sdpa"])

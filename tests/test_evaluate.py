@@ -20,14 +20,8 @@ from sbpatch.data.texts import Text
 from sbpatch.data.tokens import passages, windows
 from sbpatch.errors import SbpatchError
 from sbpatch.evaluation.accounting import affordable, attention_memory_bytes, exact_sites
-from sbpatch.evaluation.evaluate import (
-    VARIANTS,
-    Subject,
-    Totals,
-    as_generation_starts,
-    check_classes,
-    eager_attention,
-)
+from sbpatch.evaluation.evaluate import Totals, check_classes
+from sbpatch.evaluation.variants import VARIANTS, Subject, as_generation_starts, eager_attention
 from sbpatch.models.answers import Scores, kept
 from sbpatch.sites.calls import Call
 

@@ -17,8 +17,9 @@ SHARED = {
     "writing",
     "progress",
     "measure",
+    "processes",
 }  # small modules that any package may use
-ORDER = ["version", "errors", "interrupts", "bounds", "reading", "writing", "progress", "measure"]
+ORDER = ["version", "errors", "interrupts", "bounds", "reading", "writing", "progress", "measure", "processes"]
 ORDER += ["attention", "data", "models", "sites", "plan", "generation", "calibration", "evaluation", "training"]
 ORDER += ["study", "cli"]
 

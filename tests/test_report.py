@@ -13,6 +13,7 @@ from tiny import plan_for, t2t, vit
 
 from sbpatch.plan import report
 from sbpatch.plan.card import GREEN, model_card, plot_plan
+from sbpatch.plan.hub import front_matter, metadata
 from sbpatch.plan.plan import Plan
 
 widths = pytest.mark.parametrize("width", [80, 200])
@@ -178,7 +179,7 @@ def test_model_card_holds_the_plan():
     plan = long_plan()
     plan.base_sha256 = "c0ffee" * 8
     plan.sites[0].exact_ms, plan.sites[0].patched_ms = 12.5, 3.125
-    card = model_card(plan)
+    card = model_card(plan, front_matter(metadata()))
     rows = {line.split("`")[1]: line for line in card.splitlines() if line.startswith("| `")}
     assert list(rows) == [site.name for site in plan.sites]
     for site in plan.sites:

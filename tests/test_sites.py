@@ -14,6 +14,8 @@ from tiny import refused, t2t, vit
 from torch import Tensor, nn
 
 from sbpatch.attention import Geometry, Scatterbrain, parse_method
+from sbpatch.calibration.stages import calibrate
+from sbpatch.plan.patch import patch
 from sbpatch.sites.calls import Call
 from sbpatch.sites.find import Site, find_sites
 from sbpatch.sites.swap import PatchedSite, restore, swap, swapped
@@ -339,6 +341,20 @@ def test_autocast(method, change):
 def test_moving_the_model_moves_the_patch(patched, dtype):
     exact = logits(patched)
     torch.testing.assert_close(logits(patched.to(dtype), IMAGES.to(dtype)).float(), exact, atol=0.05, rtol=0.05)
+
+
+def test_tables_of_the_patch_stay_float32():
+    """Those that calibration fits too, which are read beside keys made float32."""
+    model = t2t()
+    plan = calibrate(model, [IMAGES], budget=0.2, method="coreset", min_tokens=200, seed=0, keep_slow=True)
+    expected = logits(patch(model, plan))
+    before = {name: tensor.clone() for name, tensor in model.named_buffers() if ".sbpatch." in name}
+    assert any(name.endswith("to_key") for name in before)
+    torch.testing.assert_close(
+        logits(model.to(torch.bfloat16), IMAGES.bfloat16()).float(), expected, atol=0.05, rtol=0.05
+    )
+    after = dict(model.named_buffers())
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
 
 
 @pytest.mark.parametrize("make", [vit, t2t])

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import processes
+from ..attention.per_head import Layer, PerHead
 from ..data import batch
 from ..data.batch import Inputs
 from ..errors import SbpatchError
@@ -44,12 +47,12 @@ class Check:
         """Each plan against the exact model, which runs once a batch: `agreement` in percent or `cosine`, `divergence`
         (Kullback-Leibler in nats, or 1 - cosine), `perplexity_ratio` of a text, and `drop` (see `Totals.figures`).
         """
-        totals = [Totals(self.answer) for _ in plans]
-        for one in self.progress(batches, description):
+        found = []  # by batch and plan
+        for one in self.progress(processes.share(batches), description):
             exact = self.exact(one)
-            for plan, total in zip(plans, totals, strict=True):
-                total.add(self.patched(plan, one), exact, one)
-        return [total.figures() for total in totals]
+            found.append([Totals.of(self.answer, self.patched(plan, one), exact, one) for plan in plans])
+        whole = shared([[asdict(total) for total in totals] for totals in found])
+        return [Totals.together(self.answer, [totals[i] for totals in whole]).figures() for i in range(len(plans))]
 
     def exact(self, one: Inputs) -> Tensor:
         """The exact model's answer to one of the batches, kept where it is small: a text's logits are not."""
@@ -75,21 +78,43 @@ class Check:
 
 @dataclass
 class Totals:
-    """Sums over the answers that are compared: samples, or positions of a text."""
+    """Sums over the answers that are compared: samples, or positions of a text. What has fractions is kept in parts, so that
+    the sum does not depend on which process ran a batch.
+    """
 
     answer: Answer
     count: int = 0
     agree: int = 0
-    divergence: float = 0.0
-    nll: list[float] = field(default_factory=lambda: [0.0, 0.0])  # patched, exact; of the tokens that follow
-    margins: list[Tensor] = field(default_factory=list)  # exact logits: highest - second
-    shifts: list[Tensor] = field(default_factory=list)  # how much the patch changes that difference
+    divergence: list[float] = field(default_factory=list)
+    nll: list[list[float]] = field(default_factory=lambda: [[], []])  # patched, exact; of the tokens that follow
+    margins: list[float] = field(default_factory=list)  # exact logits: highest - second
+    shifts: list[float] = field(default_factory=list)  # how much the patch changes that difference
+
+    @classmethod
+    def of(cls, answer: Answer, found: Tensor, exact: Tensor, inputs: Inputs) -> Totals:
+        """Of one batch."""
+        totals = cls(answer)
+        totals.add(found, exact, inputs)
+        return totals
+
+    @classmethod
+    def together(cls, answer: Answer, parts: Sequence[Mapping[str, Any]]) -> Totals:
+        """Of many batches, each as `asdict` gives it, in their order."""
+        totals = cls(answer)
+        for part in parts:
+            totals.count += part["count"]
+            totals.agree += part["agree"]
+            totals.divergence += part["divergence"]
+            totals.nll = [mine + more for mine, more in zip(totals.nll, part["nll"], strict=True)]
+            totals.margins += part["margins"]
+            totals.shifts += part["shifts"]
+        return totals
 
     def add(self, found: Tensor, exact: Tensor, inputs: Inputs) -> None:
         if self.answer == "features":
             cosine = (embedding(found, inputs) * embedding(exact, inputs)).sum(-1)
             self.count += len(cosine)
-            self.divergence += float((1 - cosine).sum())
+            self.divergence.append(float((1 - cosine).sum()))
             return
         labels = None
         if self.answer != "classes":
@@ -109,15 +134,15 @@ class Totals:
         log_q, log_p = found.log_softmax(-1), exact.log_softmax(-1)
         self.count += len(found)
         self.agree += int((found.argmax(-1) == exact.argmax(-1)).sum())
-        self.divergence += float(F.kl_div(log_q, log_p, log_target=True, reduction="sum"))
+        self.divergence.append(float(F.kl_div(log_q, log_p, log_target=True, reduction="sum")))
         if labels is not None:
-            losses = [float(F.nll_loss(x, labels, reduction="sum")) for x in (log_q, log_p)]
-            self.nll = [total + loss for total, loss in zip(self.nll, losses, strict=True)]
+            for parts, x in zip(self.nll, (log_q, log_p), strict=True):
+                parts.append(float(F.nll_loss(x, labels, reduction="sum")))
         if self.answer == "classes" and exact.shape[-1] > 1:
             (high, second), top = exact.topk(2).values.unbind(-1), exact.topk(2).indices
             now, then = found.gather(-1, top).unbind(-1)
-            self.margins.append((high - second).cpu())
-            self.shifts.append((now - then - (high - second)).cpu())
+            self.margins += (high - second).tolist()
+            self.shifts += (now - then - (high - second)).tolist()
 
     def figures(self) -> dict[str, float]:
         """Means, and `drop`: percent of perplexity, points of cosine x 100, or points of agreement.
@@ -126,16 +151,16 @@ class Totals:
         samples were run, none may, so the share that will is also estimated with normal shifts of the size that was
         seen, P(shift < -margin), and the larger of the two is the drop.
         """
-        mean = self.divergence / max(self.count, 1)
+        mean = sum(self.divergence) / max(self.count, 1)
         if self.answer == "features":
             return {"cosine": 1 - mean, "divergence": mean, "drop": 100 * mean}
         agreement = 100 * self.agree / max(self.count, 1)
         figures = {"agreement": agreement, "divergence": mean, "drop": 100 - agreement}
         if self.answer == "next-token":
-            ratio = math.exp(min((self.nll[0] - self.nll[1]) / max(self.count, 1), MOST_NLL))
+            ratio = math.exp(min((sum(self.nll[0]) - sum(self.nll[1])) / max(self.count, 1), MOST_NLL))
             figures |= {"perplexity_ratio": ratio, "drop": 100 * (ratio - 1)}
         elif self.margins:
-            margin, shift = torch.cat(self.margins).double(), torch.cat(self.shifts).double()
+            margin, shift = (torch.tensor(x, dtype=torch.float64) for x in (self.margins, self.shifts))
             spread = shift.square().mean().sqrt().clamp(min=1e-30)
             figures["drop"] = max(100 - agreement, 100 * float(torch.special.ndtr(-margin / spread).mean()))
         return figures
@@ -184,37 +209,59 @@ def smallest_that_keeps(plans: Callable[[float], list[Plan]], max_drop: float, c
     )
 
 
+def shared(found: list[Any]) -> list[Any]:
+    """What each process found on its batches, of all batches in their order."""
+    return processes.in_order(processes.gathered(found))
+
+
+class SiteErrors:
+    """Errors of a site's patch in one batch: sums over samples, by head, of the output's, and single ones of the matrix."""
+
+    def __init__(self, wanted: int) -> None:
+        """`wanted`: of the matrix errors, which cost as much as exact attention in eager mode."""
+        self.wanted, self.errors, self.matrix = max(wanted, 0), [0.0], list[float]()
+
+    def watcher(self, name: str, layer: Layer | PerHead) -> Watcher:
+        def watch(call: Call, output: Tensor) -> None:
+            error = output_error(call.through(layer), output, call.query_mask)
+            check_finite(error, f"site '{name}'", "the error of its patch")
+            self.errors = (torch.tensor(self.errors, dtype=torch.float64) + error.double().sum(0).cpu()).tolist()
+            more = min(len(output), self.wanted)
+            self.wanted -= more
+            for b in range(more):
+                q, k, v = (x[b : b + 1] for x in (call.query, call.key, call.value))
+                mask = None if call.key_mask is None else call.key_mask[b : b + 1]
+                one = Call(q, k, v, is_causal=call.is_causal, scale=call.scale, key_mask=mask)
+                self.matrix += matrix_error(layer, one).flatten().tolist()
+
+        return watch
+
+
 def check_plan(plan: Plan, check: Check) -> None:
     """Fill in the errors of each patched site and the figures of the whole model, on unseen samples where there are any."""
     samples = check.unseen or check.screen
     layers = {name: layer.to(batch.device(samples[0])) for name, layer in plan.layers().items()}
-    errors = {site.name: torch.zeros(site.heads, dtype=torch.float64) for site in plan.patched}
     causal = {site.name: site.causal for site in plan.patched}
-    matrix: dict[str, list[Tensor]] = {name: [] for name in layers}
     wanted = 1 if check.answer in ("next-token", "tokens") else MATRIX_SAMPLES
-
-    def watcher(name: str) -> Watcher:
-        def watch(call: Call, output: Tensor) -> None:
-            error = output_error(call.through(layers[name]), output, call.query_mask)
-            check_finite(error, f"site '{name}'", "the error of its patch")
-            errors[name] += error.double().sum(0).cpu()
-            for b in range(min(len(output), wanted - len(matrix[name]))):
-                q, k, v = (x[b : b + 1] for x in (call.query, call.key, call.value))
-                mask = None if call.key_mask is None else call.key_mask[b : b + 1]
-                one = Call(q, k, v, is_causal=call.is_causal, scale=call.scale, key_mask=mask)
-                matrix[name].append(matrix_error(layers[name], one))
-
-        return watch
-
-    whole = Totals(check.answer)
-    for one in check.progress(samples, "checking the plan"):
-        exact = observed(check.model, one, {name: watcher(name) for name in layers}, causal)
-        whole.add(check.patched(plan, one), exact, one)
+    found = []  # by batch
+    before = itertools.accumulate((batch.count(one) for one in samples), initial=0)
+    numbered = list(zip(samples, before, strict=False))
+    for one, first in check.progress(processes.share(numbered), "checking the plan"):
+        seen = {name: SiteErrors(wanted - first) for name in layers}
+        watchers = {name: seen[name].watcher(name, layers[name]) for name in layers}
+        exact = observed(check.model, one, watchers, causal)
+        whole = Totals.of(check.answer, check.patched(plan, one), exact, one)
+        found.append([{name: (x.errors, x.matrix) for name, x in seen.items()}, asdict(whole)])
+    batches = shared(found)
     count = sum(batch.count(one) for one in samples)
     for site in plan.patched:
-        site.output_error = float(errors[site.name].mean()) / count
-        site.matrix_error = float(torch.cat(matrix[site.name]).mean())
+        errors = torch.zeros(site.heads, dtype=torch.float64)
+        for of_sites, _ in batches:
+            errors += torch.tensor(of_sites[site.name][0], dtype=torch.float64)
+        matrix = [x for of_sites, _ in batches for x in of_sites[site.name][1]]
+        site.output_error = float(errors.mean()) / count
+        site.matrix_error = float(torch.tensor(matrix).mean())
         for group in site.per_head or []:
-            group.output_error = float(errors[site.name][group.heads].mean()) / count
-    figures = whole.figures()
+            group.output_error = float(errors[group.heads].mean()) / count
+    figures = Totals.together(check.answer, [totals for _, totals in batches]).figures()
     plan.check = {"samples": count, "unseen": float(bool(check.unseen)), **figures}

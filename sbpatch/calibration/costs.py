@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .. import processes
 from ..attention import PARTS, Geometry, Scatterbrain
 from ..attention.per_head import Exact, Layer
 from ..errors import SbpatchError, one_line, system_reason
@@ -37,7 +38,8 @@ PAYS = 0.9  # of exact attention's time: what a patch must take at most, or the 
 class CostTable:
     """Milliseconds a sample of a site's attention, exact or by a layer, by device and shape.
 
-    `path` None keeps it in memory. A table that was given holds what it holds: what is missing is measured and added.
+    `path` None keeps it in memory. A table that was given holds what it holds: what is missing is measured and added. Of
+    several processes the first one measures and writes, while the others wait.
 
     Raises:
         SbpatchError: the file is not such a table, or cannot be written.
@@ -45,20 +47,7 @@ class CostTable:
 
     def __init__(self, path: Path | None, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
         self.path, self.device, self.dtype = path, device, dtype
-        self.rows: dict[str, float] = {}
-        try:
-            if path is None or not (path.exists() or path.is_symlink()):
-                return
-            found = read_json(path, "cost table")
-            self.rows = {str(key): float(ms) for key, ms in found["ms"].items()}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, SbpatchError) as error:
-            raise SbpatchError(
-                f"{path} is not a cost table ({one_line(error)}): remove it, or name another by --cost-table"
-            ) from None
-        if any(not 0 < ms < float("inf") for ms in self.rows.values()):
-            raise SbpatchError(
-                f"cost table {path} has times that are not positive numbers: remove it and measure again"
-            )
+        self.rows: dict[str, float] = processes.from_first(lambda: _read(path))
 
     def exact_ms(self, site: Geometry) -> float:
         """Exact attention of one sample, all heads."""
@@ -101,6 +90,9 @@ class CostTable:
         return None if size is None else Scatterbrain(method, site, 0, **size).to(self.device)
 
     def _measured(self, work: Callable[[], Tensor], repeats: int) -> float:
+        return processes.from_first(lambda: self._timed(work, repeats))
+
+    def _timed(self, work: Callable[[], Tensor], repeats: int) -> float:
         if repeats > 1:
             work()
         timed = without_launches(work, self.device) if repeats > 1 else work
@@ -116,7 +108,7 @@ class CostTable:
         return f"{device_key(self.device, self.dtype)}: {shape}{causal}{grid}: {what}"
 
     def _write(self) -> None:
-        if self.path is None:
+        if self.path is None or not processes.is_first():
             return
         rows = {"ms": dict(sorted(self.rows.items()))}
         try:
@@ -127,6 +119,22 @@ class CostTable:
             raise SbpatchError(
                 f"cannot write the cost table {self.path}: {system_reason(error)}; name another by --cost-table"
             ) from error
+
+
+def _read(path: Path | None) -> dict[str, float]:
+    """The rows of a table's file; none where there is no file."""
+    try:
+        if path is None or not (path.exists() or path.is_symlink()):
+            return {}
+        found = read_json(path, "cost table")
+        rows = {str(key): float(ms) for key, ms in found["ms"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, SbpatchError) as error:
+        raise SbpatchError(
+            f"{path} is not a cost table ({one_line(error)}): remove it, or name another by --cost-table"
+        ) from None
+    if any(not 0 < ms < float("inf") for ms in rows.values()):
+        raise SbpatchError(f"cost table {path} has times that are not positive numbers: remove it and measure again")
+    return rows
 
 
 def default_path() -> Path:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import processes
 from ..data import batch
 from ..data.batch import Inputs
 from ..models.checkpoint import Answer
@@ -23,7 +24,10 @@ from .sensitivity import with_gradients
 
 
 class Trial:
-    """Runs of the exact model in which something is measured at its sites; each batch's figures go to the journal."""
+    """Runs of the exact model in which something is measured at its sites; each batch's figures go to the journal.
+
+    Several processes share the candidates of each site, and measure them on all samples.
+    """
 
     def __init__(self, model: nn.Module, plan: Plan, answer: Answer, journal: Journal, progress: Progress[Any]) -> None:
         self.model, self.plan, self.answer, self.journal, self.progress = model, plan, answer, journal, progress
@@ -80,7 +84,21 @@ class Trial:
                 site, plain = f"site '{name}'", in_plain_form(call, name, causal[name])
                 check_finite(output, site, "its attention's output")
                 check_finite(gradient, site, "the gradient of the model's answer there")
-                for candidate in candidates[name]:
+                for candidate in processes.share(candidates[name]):
                     candidate.observe(plain, output, gradient)
                     check_finite(candidate.sums, site, f"the error of {candidate.name}")
+            _exchange(candidates)
             self.journal.record(key, candidates)
+
+
+def _exchange(candidates: Mapping[str, list[Candidate]]) -> None:
+    """Give every process what the others measured of their candidates, all bits of it."""
+    if processes.count() == 1:
+        return
+    own = {name: [(c.sums.tolist(), c.seen) for c in processes.share(tried)] for name, tried in candidates.items()}
+    shares = processes.gathered(own)
+    for name, tried in candidates.items():
+        measured = processes.in_order([part[name] for part in shares])
+        for candidate, (sums, seen) in zip(tried, measured, strict=True):
+            candidate.error_sum, candidate.damage_sum, candidate.together_sum = torch.tensor(sums, dtype=torch.float64)
+            candidate.seen = seen

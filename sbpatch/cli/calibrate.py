@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from .. import bounds
+from .. import bounds, processes
 from ..calibration.costs import CostTable, default_path
 from ..calibration.journal import Journal
 from ..calibration.stages import calibrate
@@ -126,9 +126,10 @@ def calibrate_command(
     costs = CostTable(cost_table or default_path(), torch.device(where), kind)
     measured_on = (loaded.sha256, size_of(loaded), data.fingerprint(), where, dtype.value, versions())
     journal = Journal(
-        None if dry_run else beside(output, "calibrating"),
+        None if dry_run or not processes.is_first() else beside(output, "calibrating"),
         json.dumps([options, settings.model_dump(mode="json")["sites"], *measured_on]),
     )
+    journal.found = processes.from_first(lambda: journal.found)
     if journal.note:
         err.print(journal.note, soft_wrap=True)
     with journal.kept_if_cut_off():
@@ -144,12 +145,13 @@ def calibrate_command(
             journal=journal,
             progress=progress_bars(quiet),
         )
+        processes.check_same(plan.to_json(), "plans")
         plan.base_sha256, plan.input_size = loaded.sha256, size_of(loaded)
         plan.data = {"source": printable(data.name), "samples": len(data), "fingerprint": data.fingerprint()}
         plan.device, plan.dtype = where, dtype.value
         if not quiet:
             out.print(report.plan_table(plan))
-        if not dry_run:
+        if not dry_run and processes.is_first():
             loaded.model.to("cpu", torch.float32)
             artifact.save(output, loaded, plan)
     if not (dry_run or quiet):

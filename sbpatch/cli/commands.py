@@ -14,6 +14,7 @@ from typing import Annotated
 
 import typer
 
+from .. import processes
 from ..errors import SbpatchError, one_line, out_of_memory, system_reason
 from ..interrupts import Stopped, raising
 from ..version import __version__
@@ -38,9 +39,13 @@ def _version(value: bool) -> None:
 
 @app.callback()
 def main_options(
+    context: typer.Context,
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True)] = False,
 ) -> None:
-    pass
+    name = context.invoked_subcommand
+    processes.join()
+    if processes.count() > 1 and name not in SHARED:
+        raise SbpatchError(f"'{name}' runs in one process: start it without the launcher")
 
 
 COMMANDS: dict[str, Callable[..., None]] = {
@@ -53,6 +58,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "bench": bench_command,
     "finetune": finetune_command,
 }
+SHARED = ("calibrate", "eval", "compare", "finetune")  # that several processes share
 for name, command in COMMANDS.items():
     app.command(name)(command)
 
@@ -67,9 +73,11 @@ def main() -> None:
             warnings.simplefilter("ignore")  # of libraries: what is wrong is said by our own errors
             app()
     except SystemExit as done:
+        processes.leave()
         sys.exit(done.code if _flushed() else 1)
     except Stopped as stopped:
-        _fail(str(stopped), stopped.code)
+        others = "; another process of this run ended, or the launcher was stopped" if processes.count() > 1 else ""
+        _fail(f"{stopped}{others}", stopped.code)
     except SbpatchError as error:
         _fail(str(error))
     except Exception as error:
@@ -88,8 +96,12 @@ def _unforeseen(error: Exception) -> str:
 
 
 def _fail(line: str, code: int = 1) -> None:
+    """End with a line and a code; of several processes the first one that fails says its line."""
+    if not processes.is_first():
+        sys.stderr = sys.__stderr__
     with suppress(OSError):  # nobody reads
-        err.print(f"sbpatch: {line}", style="red", markup=False, highlight=False, soft_wrap=True)
+        if processes.first_to_fail():
+            err.print(f"sbpatch: {line}", style="red", markup=False, highlight=False, soft_wrap=True)
     _flushed()
     sys.exit(code)
 

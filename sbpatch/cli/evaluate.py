@@ -7,10 +7,11 @@ from typing import Annotated
 
 import typer
 
-from .. import bounds
+from .. import bounds, processes
 from ..data.preprocessing import TextPreprocessing
 from ..data.retrieval import NAMES as RETRIEVAL
-from ..evaluation import accounting, evaluate
+from ..errors import SbpatchError
+from ..evaluation import Subject, accounting, evaluate
 from ..measure import device_name
 from ..plan import report
 from ..plan.patch import read_plan
@@ -68,6 +69,8 @@ def eval_command(
     plan = read_plan(Path(model)) if model == "sbpatch-out" or (Path(model) / PLAN_FILE).is_file() else None
     loaded = open_model(model, checkpoint, length=length, plan=plan)
     if dataset in RETRIEVAL:
+        if processes.count() > 1:
+            raise SbpatchError(f"--dataset {dataset} runs in one process: start it without the launcher")
         result = retrieval_figures(
             loaded, plan, model, dataset, data_dir, limit, seed, device.resolve(), dtype.value, quiet
         )
@@ -75,7 +78,7 @@ def eval_command(
         return
     data = evaluation_set(loaded, dataset, data_dir=data_dir, limit=limit, stride=stride)
     batch_size = batch_size or default_batch(loaded)
-    subject = evaluate.Subject(model, checkpoint, loaded.answer, device.resolve(), dtype.value)
+    subject = Subject(model, checkpoint, loaded.answer, device.resolve(), dtype.value)
     sites = plan.sites if plan else accounting.exact_sites(loaded)
     tokens = loaded.preprocessing.tokens if isinstance(loaded.preprocessing, TextPreprocessing) else None
     if tokens is not None:  # a causal plan may be run at another length, where it stores the same share
@@ -97,6 +100,8 @@ def eval_command(
         "versions": versions(),
         "variants": variants,
     }
+    if processes.count() > 1:
+        result["processes"] = processes.count()
     if tokens is not None:
         result["length"] = tokens
     if plan and plan.input_size and tokens not in (None, *plan.input_size):

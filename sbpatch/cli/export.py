@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from ..data.samples import batches
+from ..errors import SbpatchError
 from ..evaluation import export
 from ..plan.patch import read_plan
 from ..plan.plan import versions
 from ..writing import json_text
 from .flags import (  # fmt: skip
+    Dtype,
+    DtypeFlag,
     JsonFile,
+    Length,
     Quiet,
     Seed,
     calibration_set,
@@ -32,6 +36,14 @@ def export_command(
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="file or directory to write; default: beside DIR")
     ] = None,
+    length: Length = None,
+    dtype: DtypeFlag = Dtype.float32,
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="of pt2: machine code for this kind of CPU, by AOTInductor; some minutes")
+    ] = False,
+    beside: Annotated[
+        bool, typer.Option("--beside-exact", help="also export the exact model, and give size and time of both")
+    ] = False,
     seed: Seed = 0,
     json_file: JsonFile = None,
     quiet: Quiet = False,
@@ -39,17 +51,38 @@ def export_command(
     """Export the patched model, run it in its own runtime, and print the largest difference to the model."""
     target = output or export.default_path(directory, form)
     whole = form is export.Format.safetensors
+    _check(form, dtype, compiled, beside, length)
     check_places(json_file, None if whole else target, inputs=(directory,), directory=target if whole else None)
     plan = read_plan(directory)
-    loaded = open_model(str(directory), plan=plan)
+    loaded = open_model(str(directory), length=length, plan=plan)
     source = "demo" if plan.data.get("source") == "demo" else None
     inputs = next(batches(calibration_set(loaded, source, 3, seed), 3))[0]
+    result: dict[str, Any] = {"path": str(target), "format": form.value, "dtype": dtype.value}
+    result["runtime"] = "sbpatch.load" if whole else export.runtime(form, compiled).name
     with err.status(f"exporting to {form.value}") if not quiet else nullcontext():
-        difference = export.export(directory, form, target, inputs)
+        how: dict[str, Any] = {"dtype": dtype.value, "compiled": compiled}
+        result["difference"] = export.export(directory, form, target, inputs, **how)
+        result["size_bytes"] = export.size_bytes(target)
+        if beside:
+            result["variants"] = export.beside_exact(directory, form, target, inputs, **how)
     if not quiet:
-        size = export.size_bytes(target) / 1e6
         out.print(
-            f"written to {target} ({size:.1f} MB), run in {form.runtime}, largest difference of the logits {difference:.2e}"
+            f"written to {target} ({result['size_bytes'] / 1e6:.1f} MB), run in {result['runtime']}, largest difference of the "
+            f"answers {result['difference']:.2e}"
         )
-    result = {"path": str(target), "format": form.value, "runtime": form.runtime, "difference": difference}
+        for name, figures in result.get("variants", {}).items():
+            out.print(f"{name}: {figures['size_bytes'] / 1e6:.1f} MB, {figures['latency_ms']:.1f} ms for 3 samples")
     write_json(json_file, json_text(result | {"versions": versions()}))
+
+
+def _check(form: export.Format, dtype: Dtype, compiled: bool, beside: bool, length: int | None) -> None:
+    """Refuse flags that a format does not have."""
+    if dtype.value not in export.TOLERANCE:
+        raise SbpatchError(f"--dtype {dtype.value} is not exported: give {' or '.join(export.TOLERANCE)}")
+    if form is not export.Format.safetensors:
+        export.runtime(form, compiled)
+    elif dtype is not Dtype.float32 or compiled or beside or length is not None:
+        raise SbpatchError(
+            "--format safetensors is a copy of the directory: --dtype, --length, --compile and "
+            "--beside-exact are for pt2 and onnx"
+        )

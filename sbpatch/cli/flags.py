@@ -12,7 +12,7 @@ import torch
 import typer
 from rich.progress import track
 
-from .. import bounds
+from .. import bounds, processes
 from ..data import texts, tokens
 from ..data.batch import Inputs, moved
 from ..data.preprocessing import Preprocessing, TextPreprocessing
@@ -37,8 +37,11 @@ class Device(StrEnum):
     cuda = "cuda"
 
     def resolve(self) -> str:
+        """A device of PyTorch's; of several processes each takes a GPU of its own."""
+        if self is not Device.cpu and torch.cuda.is_available():
+            return "cuda" if processes.count() == 1 else f"cuda:{processes.place() % torch.cuda.device_count()}"
         if self is Device.auto:
-            return "cuda" if torch.cuda.is_available() else "cpu"
+            return "cpu"
         if self is Device.cuda and not torch.cuda.is_available():
             raise SbpatchError("no CUDA device here (torch.cuda.is_available() is false): use --device cpu")
         return self.value
@@ -99,7 +102,7 @@ Quiet = Annotated[bool, typer.Option("--quiet", help="no tables, no progress bar
 
 def progress_bars(quiet: bool) -> Callable[[Sequence[Any], str], Iterable[Any]]:
     def progress(items: Sequence[Any], description: str) -> Iterable[Any]:
-        return track(items, description=f"{description:<18}", console=err, disable=quiet)
+        return track(items, description=f"{description:<18}", console=err, disable=quiet or not processes.is_first())
 
     return progress
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
 
+from .. import processes
 from ..errors import SbpatchError, printable, system_reason
 from ..writing import check_apart, check_target, descriptor, written_whole
 
@@ -58,7 +59,8 @@ def check_places(
 
 
 def write_json(path: Path | None, text: str) -> None:
-    if path is None:
+    """A result to a file or a descriptor; of several processes the first one writes."""
+    if path is None or not processes.is_first():
         return
     if (number := descriptor(path)) is not None:
         try:
@@ -77,7 +79,7 @@ def write_json(path: Path | None, text: str) -> None:
 
 
 def write_plot(path: Path | None, plot: Callable[[Path], None]) -> None:
-    """What `plot` writes, a PNG, in place of `path`."""
-    if path is not None:
+    """What `plot` writes, a PNG, in place of `path`; of several processes the first one writes."""
+    if path is not None and processes.is_first():
         with written_whole(path) as fresh:
             plot(fresh)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -48,3 +49,20 @@ def strided(items: Sequence[T], count: int) -> Sequence[T]:
     """At most `count` of the items, spread evenly: sets are often sorted by class."""
     count = min(count, len(items))
     return [items[i * len(items) // count] for i in range(count)]
+
+
+class Part:
+    """The samples of `whole` at `indices`, in that order."""
+
+    def __init__(self, whole: Samples, indices: Sequence[int]) -> None:
+        self.name, self.whole, self.indices = whole.name, whole, list(indices)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> tuple[Any, Any]:
+        return self.whole[self.indices[index]]
+
+    def fingerprint(self) -> str:
+        """SHA-256 over the whole's fingerprint and the indices."""
+        return hashlib.sha256(f"{self.whole.fingerprint()} {self.indices}".encode()).hexdigest()

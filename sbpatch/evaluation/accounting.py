@@ -9,7 +9,7 @@ import torch
 from ..models.checkpoint import Checkpoint
 from ..plan.plan import SitePlan
 from ..sites.find import find_sites
-from .evaluate import VARIANTS, Subject
+from .variants import VARIANTS, Subject
 
 EAGER_BYTES = 4 << 30  # the attention matrix of one site and batch, above which eager is left out: it holds several
 

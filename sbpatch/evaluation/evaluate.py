@@ -9,74 +9,64 @@ turn, so that a machine that slows down slows all of them and the ratios hold.
 
 from __future__ import annotations
 
-import inspect
 import multiprocessing
 import statistics
 from collections.abc import Sequence
-from contextlib import suppress
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import asdict, dataclass, field
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor, nn
-
-from ..attention.core import repeated
-from ..attention.masks import allowed
-from ..data.batch import Inputs, count, moved, run, samples
+from .. import processes
+from ..data.batch import count
 from ..data.images import ImageSet
-from ..data.samples import Samples, batches
-from ..errors import SbpatchError, one_line, out_of_memory
+from ..data.samples import Part, Samples, batches
+from ..errors import SbpatchError
 from ..interrupts import held_back
-from ..measure import elapsed_ms, peak_memory_bytes
-from ..models.answers import Kept, Scores, kept
-from ..models.checkpoint import Answer, Checkpoint
-from ..models.load import load_checkpoint
-from ..plan.patch import base_of, patch, read_plan
-from ..plan.plan import PLAN_FILE
+from ..models.answers import Kept, Scores
+from ..models.checkpoint import Checkpoint
 from ..progress import Progress, no_progress
-from ..sites.calls import Call
-from ..sites.find import find_sites
-from ..sites.swap import swap
+from .variants import VARIANTS, Subject, packed, receive, send, worker
 
-VARIANTS = ("eager", "sdpa", "patched", "finetuned")
 EAGER_BATCHES = 3  # that the slow eager variant runs, for its time and memory; its answers are SDPA's but for rounding
 EAGER_MS = 30_000.0  # after which it runs no further batch
 FIRST_TOKEN_BATCHES = 3  # that a causal model runs once more, for the logits of the last position alone
 
 
-@dataclass(frozen=True)
-class Subject:
-    """What a worker process loads: a directory that calibrate wrote, or any MODEL; and how it runs it."""
+@dataclass
+class Batch:
+    """What one variant showed on one batch."""
 
-    model: str
-    checkpoint: Path | None = None
-    answer: Answer = "classes"
-    device: str = "cpu"
-    dtype: str = "float32"
-    threads: int | None = None
+    number: int
+    variant: str
+    samples: int
+    ms: float
+    scores: Scores
+    first_ms: float | None = None  # to the first token after the batch
+    peak_memory: int = 0
 
-    @property
-    def variants(self) -> tuple[str, ...]:
-        """Those of `VARIANTS` that there are."""
-        if not (Path(self.model) / PLAN_FILE).is_file():
-            return VARIANTS[:2]
-        return VARIANTS[:3] if base_of(Path(self.model)) == Path(self.model) else VARIANTS
+    @classmethod
+    def read(cls, values: dict[str, Any]) -> Batch:
+        """From what `asdict` made of it."""
+        return cls(**{**values, "scores": Scores(**values["scores"])})
 
 
 @dataclass
 class Totals:
-    """Running sums of one variant over the samples seen."""
+    """Sums of one variant over its batches."""
 
     seen: int = 0
     peak_memory: int = 0
     ms: list[float] = field(default_factory=list)  # one a batch
     first_ms: list[float] = field(default_factory=list)  # to the first token after the batch
     scores: Scores = field(default_factory=Scores)
+
+    def add(self, batch: Batch) -> None:
+        self.seen += batch.samples
+        self.peak_memory = max(self.peak_memory, batch.peak_memory)
+        self.ms.append(batch.ms)
+        self.first_ms += [] if batch.first_ms is None else [batch.first_ms]
+        self.scores.take(batch.scores)
 
     def figures(self, batch_size: int) -> dict[str, float]:
         full = self.ms[: self.seen // batch_size] or self.ms  # the last batch may be short
@@ -92,118 +82,21 @@ class Totals:
         )
 
 
-def eager_attention(call: Call) -> Tensor:
-    """softmax(Q K^T scale + mask) V with the matrix held in memory, as attention was written before fused kernels.
+@dataclass(frozen=True)
+class Shared:
+    """The batches of a data set that this process runs: their numbers, and their samples."""
 
-    A query that may see no key at all gets zeros, as PyTorch's attention gives it.
-    """
-    key, value = call.key, call.value
-    if call.enable_gqa:
-        key, value = (repeated(x, call.query.shape[1]) for x in (key, value))
-    logits = call.query @ key.mT * call.softmax_scale
-    mask = call.attn_mask
-    if call.key_mask is not None:
-        mask = allowed(call.key_mask, call.is_causal, *logits.shape[-2:])
-    elif call.is_causal:
-        mask = torch.ones(logits.shape[-2:], dtype=torch.bool, device=logits.device).tril()
-    if mask is None:
-        return logits.softmax(-1) @ value
-    if mask.dtype != torch.bool:
-        return (logits + mask).softmax(-1) @ value
-    weights = logits.masked_fill(~mask, -torch.inf).softmax(-1)
-    return weights.masked_fill(~mask.any(-1, keepdim=True), 0) @ value
+    numbers: Sequence[int]
+    samples: Samples
 
-
-def build(subject: Subject, variant: str, example: Inputs) -> nn.Module:
-    """The model in one of `VARIANTS`, on its device and in its dtype."""
-    of_base = variant != "finetuned" and subject.variants == VARIANTS
-    name = str(base_of(Path(subject.model))) if of_base else subject.model
-    model = load_checkpoint(name, subject.checkpoint).model
-    if variant in VARIANTS[2:]:
-        patch(model, read_plan(Path(subject.model)))
-    dtype = getattr(torch, subject.dtype)
-    model = model.to(subject.device, dtype)
-    if variant == "eager":
-        found = find_sites(model, moved(example, subject.device, dtype))
-        swap(model, {site.name: eager_attention for site in found if not site.by_hand})
-    return model
-
-
-def as_generation_starts(model: nn.Module, inputs: Inputs) -> Inputs:
-    """Inputs that ask a causal language model of transformers for the logits of its last position alone.
-
-    The logits of all positions over a vocabulary, which perplexity needs and generation does not, take more memory than
-    eager attention does, and would hide it.
-    """
-    if isinstance(inputs, Tensor) or "logits_to_keep" not in inspect.signature(model.forward).parameters:
-        return inputs
-    ids = inputs["input_ids"]
-    return {**inputs, "logits_to_keep": torch.tensor([ids.shape[-1] - 1], device=ids.device)}
-
-
-def _packed(inputs: Inputs) -> Any:
-    """As numpy arrays: tensors would go through shared memory, whose lifetime depends on both processes."""
-    return inputs.numpy() if isinstance(inputs, Tensor) else {name: x.numpy() for name, x in inputs.items()}
-
-
-def _unpacked(inputs: Any) -> Inputs:
-    if isinstance(inputs, np.ndarray):
-        return torch.from_numpy(inputs)
-    return {name: torch.from_numpy(x) for name, x in inputs.items()}
-
-
-def _worker(pipe: Connection, subject: Subject, variant: str) -> None:
-    """Answer requests (task, inputs, labels) until None comes: 'batch' with (what is kept, milliseconds), 'memory' with peak
-    bytes, 'first token' with milliseconds.
-    """
-    if subject.threads:
-        torch.set_num_threads(subject.threads)
-    device = torch.device(subject.device)
-    model: nn.Module | None = None
-    try:
-        with torch.inference_mode():
-            while (request := pipe.recv()) is not None:
-                task, packed, labels = request
-                x = moved(_unpacked(packed), device, getattr(torch, subject.dtype))
-                if model is None:
-                    model = build(subject, variant, samples(x, 0, 1))
-                    if variant != "eager":  # minutes at 8,192 tokens, and its first run is not timed anyway
-                        run(model, samples(x, 0, 1))  # lazy initialisation is no part of any figure
-                if task == "memory":
-                    pipe.send(peak_memory_bytes(partial(run, model, as_generation_starts(model, x)), device))
-                elif task == "first token":
-                    pipe.send(elapsed_ms(partial(run, model, as_generation_starts(model, x)), device)[1])
-                else:
-                    output, ms = elapsed_ms(partial(run, model, x), device)
-                    pipe.send((kept(subject.answer, output, x, torch.from_numpy(labels)), ms))
-                    del output  # before the next forward: a window's logits are hundreds of megabytes
-    except (EOFError, ConnectionError):
-        return  # the parent was killed
-    except SbpatchError as error:
-        pipe.send(error)
-    except RuntimeError as error:
-        if not out_of_memory(error):
-            raise
-        pipe.send(
-            SbpatchError(f"variant '{variant}': {one_line(error)}; try a smaller --batch-size or shorter samples")
-        )
-
-
-def _send(pipe: Connection, request: Any) -> None:
-    with suppress(BrokenPipeError):  # the process has ended: what it had to say is there to be received
-        pipe.send(request)
-
-
-def _receive(pipe: Connection, variant: str) -> Any:
-    try:
-        answer = pipe.recv()
-    except EOFError as error:
-        raise SbpatchError(
-            f"the process of variant '{variant}' ended early: its message stands above, or the system took it for its memory"
-        ) from error
-    if isinstance(answer, SbpatchError):
-        raise answer
-    return answer
+    @classmethod
+    def of(cls, data: Samples, batch_size: int) -> Shared:
+        """Whole batches, as one process would cut them, so that a last short one is counted once."""
+        numbers = processes.share(range(-(-len(data) // batch_size)))
+        if processes.count() == 1:
+            return cls(numbers, data)
+        index = range(len(data))
+        return cls(numbers, Part(data, [i for n in numbers for i in index[n * batch_size : (n + 1) * batch_size]]))
 
 
 def evaluate(
@@ -218,7 +111,8 @@ def evaluate(
 
     Time is the median over batches of `batch_size`; memory is the peak of one such batch. Of a causal model also the time to
     the first token after a batch, without the logits of its other positions. Eager attention runs on the first
-    `EAGER_BATCHES` batches at most, and where there are more it has no figures of quality. A variant's process loads the model
+    `EAGER_BATCHES` batches at most, and where there are more it has no figures of quality. Of several processes each runs its
+    share of the batches, and all return the figures of all. A variant's process loads the model
     itself, so this must be called under `if __name__ == "__main__":` in a script.
 
     Raises:
@@ -228,49 +122,73 @@ def evaluate(
         raise SbpatchError(f"no samples in '{data.name}' to evaluate on")
     there = subject.variants  # reads the plan
     variants = [name for name in variants if name in there]
+    mine = Shared.of(data, batch_size)
     context = multiprocessing.get_context("spawn")
     resource_tracker.ensure_running()  # which lets through the signals that are held back below, the first time
-    pipes, processes = {}, []
-    for variant in variants:
+    pipes, workers = {}, []
+    for variant in variants if mine.numbers else ():
         pipes[variant], theirs = context.Pipe()
-        process = context.Process(target=_worker, args=(theirs, subject, variant), daemon=True)
+        process = context.Process(target=worker, args=(theirs, subject, variant), daemon=True)
         with held_back():
             process.start()
         theirs.close()
-        processes.append(process)
-    totals = {variant: Totals() for variant in variants}
+        workers.append(process)
     try:
-        steps = range(-(-len(data) // batch_size))
-        for number, (x, y) in zip(progress(steps, "evaluating"), batches(data, batch_size), strict=True):
-            if "eager" in pipes and (number == EAGER_BATCHES or sum(totals["eager"].ms) > EAGER_MS):
-                pipes.pop("eager").send(None)  # its process ends and leaves its memory to the others
-                totals["eager"].scores = Scores()  # of some batches only, not to be compared
-            inputs, labels = _packed(x), y.numpy()
-            found: dict[str, Kept] = {}
-            running = list(pipes)
-            for variant in running[number % len(running) :] + running[: number % len(running)]:  # nobody always first
-                if number == 0:
-                    _send(pipes[variant], ("memory", inputs, labels))
-                    totals[variant].peak_memory = _receive(pipes[variant], variant)
-                _send(pipes[variant], ("batch", inputs, labels))
-                found[variant], ms = _receive(pipes[variant], variant)
-                totals[variant].ms.append(ms)
-                if subject.answer == "next-token" and number < (1 if variant == "eager" else FIRST_TOKEN_BATCHES):
-                    pipes[variant].send(("first token", inputs, labels))
-                    totals[variant].first_ms.append(_receive(pipes[variant], variant))
-            for variant in running:
-                totals[variant].seen += count(x)
-                totals[variant].scores.add(found[variant], found["sdpa"])
+        seen = _run(pipes, subject, mine, batch_size, progress)
         for pipe in pipes.values():
             pipe.send(None)
-        for process in processes:
+        for process in workers:
             process.join(timeout=1)
     finally:
-        for process in processes:
+        for process in workers:
             process.kill()  # it holds nothing that is not ours to lose
-        for process in processes:
+        for process in workers:
             process.join()
-    return {variant: totals[variant].figures(batch_size) for variant in variants}
+    return _figures(variants, seen, batch_size)
+
+
+def _run(
+    pipes: dict[str, Connection], subject: Subject, data: Shared, batch_size: int, progress: Progress[Any]
+) -> list[Batch]:
+    """Every variant on this process's batches, each in turn; a variant that is done early leaves `pipes`."""
+    seen: list[Batch] = []
+    steps = progress(data.numbers, "evaluating")
+    for number, (x, y) in zip(steps, batches(data.samples, batch_size), strict=True):
+        eager_ms = sum(batch.ms for batch in seen if batch.variant == "eager")
+        if "eager" in pipes and (number >= EAGER_BATCHES or eager_ms > EAGER_MS):
+            pipes.pop("eager").send(None)  # its process ends and leaves its memory to the others
+        inputs, labels = packed(x), y.numpy()
+        found: dict[str, Kept] = {}
+        running = list(pipes)
+        this: dict[str, Batch] = {}
+        for variant in running[number % len(running) :] + running[: number % len(running)]:  # nobody always first
+            peak, first_ms = 0, None
+            if number == 0:
+                send(pipes[variant], ("memory", inputs, labels))
+                peak = receive(pipes[variant], variant)
+            send(pipes[variant], ("batch", inputs, labels))
+            found[variant], ms = receive(pipes[variant], variant)
+            if subject.answer == "next-token" and number < (1 if variant == "eager" else FIRST_TOKEN_BATCHES):
+                pipes[variant].send(("first token", inputs, labels))
+                first_ms = receive(pipes[variant], variant)
+            this[variant] = Batch(number, variant, count(x), ms, Scores(), first_ms, peak)
+        for variant in running:
+            this[variant].scores.add(found[variant], found["sdpa"])
+        seen += this.values()
+    return seen
+
+
+def _figures(variants: Sequence[str], seen: Sequence[Batch], batch_size: int) -> dict[str, dict[str, float]]:
+    """The batches of all processes added up in their order, as one process would have."""
+    shares = processes.gathered([asdict(batch) for batch in seen])
+    whole = sorted((Batch.read(one) for part in shares for one in part), key=lambda batch: batch.number)
+    totals = {variant: Totals() for variant in variants}
+    for batch in whole:
+        totals[batch.variant].add(batch)
+    for total in totals.values():
+        if total.seen < totals["sdpa"].seen:
+            total.scores = Scores()  # of some batches only, not to be compared
+    return {variant: total.figures(batch_size) for variant, total in totals.items()}
 
 
 def check_classes(checkpoint: Checkpoint, images: ImageSet) -> None:

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import logging
+import statistics
 import warnings
-from collections.abc import Callable
 from enum import StrEnum
-from io import BytesIO
+from functools import partial
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
 
-import numpy as np
-import onnxruntime
 import torch
 from torch import Tensor, nn
 
-from ..data.batch import Inputs, count, run, samples
+from ..data.batch import Inputs, count, moved, run, samples
 from ..errors import SbpatchError, one_line
+from ..measure import elapsed_ms
+from ..models.load import load_checkpoint
 from ..plan import artifact
-from ..plan.patch import load
+from ..plan.patch import base_of, load
 from ..writing import check_target, written_whole
+from .runtimes import COMPILED, ONNX, PROGRAM, Answer, Runtime
 
 
 class Format(StrEnum):
@@ -27,15 +27,11 @@ class Format(StrEnum):
     onnx = "onnx"
     safetensors = "safetensors"
 
-    @property
-    def runtime(self) -> str:
-        """What the exported file is run in for the comparison."""
-        return {"pt2": "torch.export", "onnx": "onnxruntime", "safetensors": "sbpatch.load"}[self.value]
 
-
-TOLERANCE = 1e-3  # of the largest absolute answer; above it the file is refused
+TOLERANCE = {"float32": 1e-4, "float16": 1e-2}  # of the largest absolute answer; above it the file is refused
 # What the exporters and the runtimes raise for a model that they cannot take.
 EXPORT_ERRORS = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError, NotImplementedError)
+RUNS = 7  # of each file, in turns; the median counts
 
 
 def default_path(directory: Path, form: Format) -> Path:
@@ -44,29 +40,28 @@ def default_path(directory: Path, form: Format) -> Path:
     return path.with_name(path.name + {Format.pt2: ".pt2", Format.onnx: ".onnx", Format.safetensors: "-export"}[form])
 
 
-class Answer(nn.Module):
-    """A model as it is exported: images, or a text's tokens by name, in; its answer alone out."""
+def runtime(form: Format, compiled: bool = False) -> Runtime:
+    """What a file of the format is run in.
 
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(
-        self, images: Tensor | None = None, input_ids: Tensor | None = None, attention_mask: Tensor | None = None
-    ) -> Tensor:
-        if images is not None:
-            return run(self.model, images)
-        named = {"input_ids": input_ids, "attention_mask": attention_mask}
-        return run(self.model, {name: tensor for name, tensor in named.items() if tensor is not None})
+    Raises:
+        SbpatchError: it is a directory, or a format that is not compiled.
+    """
+    if form is Format.safetensors or (compiled and form is not Format.pt2):
+        raise SbpatchError(f"--format {form.value} is not compiled, only pt2 is")
+    return ONNX if form is Format.onnx else COMPILED if compiled else PROGRAM
 
 
 @torch.inference_mode()
-def export(directory: Path, form: Format, target: Path, inputs: Inputs) -> float:
+def export(
+    directory: Path, form: Format, target: Path, inputs: Inputs, *, dtype: str = "float32", compiled: bool = False
+) -> float:
     """Write the patched model of `directory` to `target` and run it there; returns the largest absolute difference.
 
     Args:
-        inputs: what to compare on, images (B, 3, H, W) or named tensors of B samples, B at least 2. The exported file takes
-            any number of them, of this size or length alone.
+        inputs: what to compare on, images (B, 3, H, W) float32 or named tensors of B samples, B at least 2. The exported
+            file takes any number of them, of this size or length alone.
+        dtype: of weights, activations and images in the file, float32 or float16; the difference is to the float32 model.
+        compiled: for pt2, machine code by AOTInductor in place of a program.
 
     Raises:
         SbpatchError: the model cannot be exported, or the exported one gives other answers; `target` is not written then.
@@ -75,26 +70,67 @@ def export(directory: Path, form: Format, target: Path, inputs: Inputs) -> float
         model = load(directory)
         artifact.copy(directory, target)
         return _difference(run(load(target), inputs), run(model, inputs))
+    used = runtime(form, compiled)
     check_target(target)
     if count(inputs) < 2:
         raise SbpatchError("an export needs at least two samples, or the exported file would take one alone")
-    model = Answer(load(directory)).eval()
+    model = load(directory)
     expected = run(model, inputs)
-    with written_whole(target) as fresh, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the exporters' own deprecations
+    with written_whole(target) as fresh:
         path = fresh.with_suffix(target.suffix)
-        try:
-            exported = (_pt2 if form is Format.pt2 else _onnx)(model, inputs, path)
-            found = [exported(inputs), exported(samples(inputs, 0, 1))]
-        except EXPORT_ERRORS as error:
-            raise SbpatchError(
-                f"{directory} cannot be exported to {form.value}, not written: {_reason(error)}"
-            ) from None
+        found = _written(used, model, inputs, path, dtype, f"{directory} cannot be exported to {form.value}")
         difference = max(_difference(x, y) for x, y in zip(found, (expected, expected[:1]), strict=True))
-        if not difference <= TOLERANCE * float(expected.abs().max()):
+        if not difference <= TOLERANCE[dtype] * float(expected.abs().max()):
             raise SbpatchError(f"the exported {form.value} differs from the model by {difference:.2e}: not written")
         path.rename(fresh)
     return difference
+
+
+def _written(
+    used: Runtime, model: nn.Module, inputs: Inputs, path: Path, dtype: str, failed: str
+) -> tuple[Tensor, Tensor]:
+    """Write a model, cast to `dtype` in place, and run it: its answers to all samples and to the first one alone."""
+    cast = moved(inputs, "cpu", getattr(torch, dtype))
+    answer = Answer(model.to(getattr(torch, dtype))).eval()
+    run(answer, cast)  # what layers make once for a longer text is made before the exporter sees them
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the exporters' own deprecations
+        try:
+            used.write(answer, cast, path)
+            exported = used.open(path)
+            return exported(cast).float(), exported(samples(cast, 0, 1)).float()
+        except EXPORT_ERRORS as error:
+            raise SbpatchError(f"{failed}, not written: {_reason(error)}") from None
+
+
+@torch.inference_mode()
+def beside_exact(
+    directory: Path, form: Format, target: Path, inputs: Inputs, *, dtype: str = "float32", compiled: bool = False
+) -> dict[str, dict[str, float]]:
+    """Size and time of the exported file, and of the exact model exported in the same way: {variant: {size_bytes, latency_ms}}.
+
+    The exact model's file is written to a temporary folder. Time is the median of `RUNS` runs on `inputs`, in turns.
+
+    Raises:
+        SbpatchError: the exact model cannot be exported.
+    """
+    used = runtime(form, compiled)
+    exact = load_checkpoint(str(base_of(directory))).model
+    cast = moved(inputs, "cpu", getattr(torch, dtype))
+    with TemporaryDirectory() as folder:
+        path = Path(folder, f"exact{target.suffix}")
+        _written(used, exact, inputs, path, dtype, f"the exact model of {directory} cannot be exported to {form.value}")
+        files = {"exact": path, "patched": target}
+        opened = {name: used.open(file) for name, file in files.items()}
+        times: dict[str, list[float]] = {name: [] for name in files}
+        for number in range(RUNS + 1):
+            for name, exported in opened.items():
+                ms = elapsed_ms(partial(exported, cast), torch.device("cpu"))[1]
+                times[name] += [ms] if number else []  # what a runtime does at its first run is no part of the time
+        return {
+            name: {"size_bytes": size_bytes(file), "latency_ms": statistics.median(times[name])}
+            for name, file in files.items()
+        }
 
 
 def _reason(error: BaseException) -> str:
@@ -102,45 +138,6 @@ def _reason(error: BaseException) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
     return f"{type(error).__name__}: {one_line(error)}"
-
-
-def _arguments(inputs: Inputs) -> dict[str, Any]:
-    """What torch.export and torch.onnx.export are given: the inputs, and that their first dimension may change."""
-    batch = {0: torch.export.Dim("batch")}
-    if isinstance(inputs, Tensor):
-        return {"args": (inputs.clone(),), "dynamic_shapes": {"images": batch}}
-    named = {name: tensor.clone() for name, tensor in inputs.items()}
-    return {"args": (), "kwargs": named, "dynamic_shapes": dict.fromkeys(named, batch)}
-
-
-def _pt2(model: nn.Module, inputs: Inputs, path: Path) -> Callable[[Inputs], Tensor]:
-    with torch.no_grad():
-        program = torch.export.export(model, **_arguments(inputs))
-    whole = BytesIO()  # on a full disk, torch's own writer of files aborts the process
-    torch.export.save(program, whole)
-    path.write_bytes(whole.getbuffer())
-    module = torch.export.load(path).module()
-    return lambda x: run(module, x)
-
-
-def _onnx(model: nn.Module, inputs: Inputs, path: Path) -> Callable[[Inputs], Tensor]:
-    for chatty in ("torch.onnx", "onnxscript"):
-        logging.getLogger(chatty).setLevel(logging.ERROR)
-    names = ["images"] if isinstance(inputs, Tensor) else list(inputs)
-    with torch.no_grad():
-        torch.onnx.export(
-            model, f=path, dynamo=True, verbose=False, external_data=False, input_names=names, output_names=["answer"],
-            **_arguments(inputs),
-        )  # fmt: skip
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-
-    def answer(x: Inputs) -> Tensor:
-        named = {"images": x} if isinstance(x, Tensor) else x
-        return torch.from_numpy(
-            np.asarray(session.run(None, {name: tensor.numpy() for name, tensor in named.items()})[0])
-        )
-
-    return answer
 
 
 def size_bytes(path: Path) -> int:

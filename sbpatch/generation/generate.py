@@ -11,20 +11,21 @@ from typing import Any, cast
 from torch import nn
 
 from ..errors import SbpatchError
-from ..plan import patch
+from ..plan import hub, patch
 
 SWITCH = ("compressed", "exact")
 
 
 def load(directory: str | Path) -> nn.Module:
-    """The patched model of a directory that `calibrate -o` wrote, in evaluation mode, float32, on the CPU.
+    """The patched model of a directory that `calibrate -o` wrote, or of the hub's `owner/name`.
 
-    Where it generates text, its `generate` uses a compressed cache for the patched layers, see `with_compressed_cache`.
+    It is in evaluation mode, float32, on the CPU. Where it generates text, its `generate` uses a compressed cache for the
+    patched layers, see `with_compressed_cache`.
 
     Raises:
         SbpatchError: the directory is no such one, or one of its files is damaged.
     """
-    model = patch.load(directory)
+    model = patch.load(hub.local(directory))
     layers = patched_layers(model)
     return with_compressed_cache(model, layers) if layers else model
 

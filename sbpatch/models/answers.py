@@ -118,6 +118,12 @@ class Scores:
         self.sums[name] = self.sums.get(name, 0.0) + float(values.sum(dtype=np.float64))
         self.counts[name] = self.counts.get(name, 0) + values.size
 
+    def take(self, other: Scores) -> None:
+        """Take in what others have summed up."""
+        for name, total in other.sums.items():
+            self.sums[name] = self.sums.get(name, 0.0) + total
+            self.counts[name] = self.counts.get(name, 0) + other.counts[name]
+
     def figures(self) -> dict[str, float]:
         """`top1`, `top5`, `agreement` in percent, `perplexity`, that of each of `RANGES`, `cosine`; only what applies."""
         means = {name: self.sums[name] / count for name, count in self.counts.items() if count}

@@ -33,6 +33,7 @@ FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.f
 PLAIN = {*FLOATING, torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
 # Of a model's repository: configuration, tokenizer and weights in the folder itself, no copies for other frameworks.
 HUB_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "model.safetensors", "model-*-of-*.safetensors"]
+HUB_FILES += ["sbpatch.safetensors"]  # of a patched one
 
 
 @dataclass(frozen=True)

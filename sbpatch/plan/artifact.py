@@ -13,6 +13,7 @@ from ..models.checkpoint import Checkpoint
 from ..reading import kind
 from ..writing import check_directory, written_whole
 from .card import model_card, plot_plan
+from .hub import front_matter, metadata
 from .patch import BASE_FOLDER, TENSORS_FILE
 from .plan import PLAN_FILE, Plan
 
@@ -49,7 +50,7 @@ def save(directory: Path, checkpoint: Checkpoint, plan: Plan, base: Checkpoint |
         if plan.tensors:
             save_file({name: tensor.contiguous() for name, tensor in plan.tensors.items()}, fresh / TENSORS_FILE)
         (fresh / PLAN_FILE).write_text(plan.to_json(), encoding="utf-8")
-        (fresh / "README.md").write_text(model_card(plan), encoding="utf-8")
+        (fresh / "README.md").write_text(model_card(plan, front_matter(metadata(base or checkpoint))), encoding="utf-8")
         plot_plan(plan, fresh / "report.png")
         for tensors in fresh.rglob("*.safetensors"):
             tensors.chmod(0o644)  # safetensors makes them readable by their owner alone

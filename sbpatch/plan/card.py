@@ -14,8 +14,8 @@ from .report import COLUMNS_EXPLAINED, checked, number, shape
 BLUE, ORANGE, GREEN, GREY = "#2b6cb0", "#dd7a2b", "#3a8f5c", "#9aa5b1"
 
 
-def model_card(plan: Plan) -> str:
-    """README.md of a patched directory."""
+def model_card(plan: Plan, head: str = "") -> str:
+    """README.md of a patched directory, under the YAML that the hub reads, see `hub.front_matter`."""
     rows = "\n".join(
         f"| `{s.name}` | {shape(s.tokens, s.queries)} | {s.heads} | {number(s.entropy_ratio, '.3f')} | {s.decision} "
         f"| {s.method or ''} | {number(s.nnz, '.1f')} | {number(s.rank, 'd')} | {number(s.budget, '.4f')} "
@@ -27,11 +27,7 @@ def model_card(plan: Plan) -> str:
     length = f" ({plan.input_size[0]} tokens each)" if plan.input_size and len(plan.input_size) == 1 else ""
     data = f"{plan.data.get('samples')} samples{length} of `{plan.data.get('source')}`"
     agreement = f"Checked {checked(plan)}.\n" if plan.check else ""
-    return f"""---
-library_name: sbpatch
-tags: [sbpatch, sparse-attention, low-rank-attention]
----
-
+    return f"""{head}
 # {plan.model}, patched by sbpatch
 
 {_weights(plan)}

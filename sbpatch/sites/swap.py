@@ -56,6 +56,10 @@ class PatchedSite(nn.Module):
         self.name, self.layer = name, layer
         self._longer: dict[tuple[int, torch.device], Layer | PerHead] = {}
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PatchedSite:
+        """Follow the model to another device, but not into half precision: layers read their tables as float32."""
+        return super()._apply(lambda tensor: tensor.to(fn(tensor).device), recurse)
+
     def layer_for(self, keys: int, device: torch.device) -> Layer | PerHead:
         """The layer for a sequence of so many tokens, made when it is first asked for.
 

@@ -15,7 +15,7 @@ from ..attention import PARTS, Geometry, Scatterbrain, parse_method
 from ..calibration.candidates import candidates_for
 from ..calibration.costs import clumped
 from ..errors import SbpatchError, one_line, out_of_memory
-from ..evaluation.evaluate import eager_attention
+from ..evaluation.variants import eager_attention
 from ..measure import elapsed_ms, peak_memory_bytes, without_launches
 from ..plan.plan import SitePlan
 from ..progress import Progress, no_progress

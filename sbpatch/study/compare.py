@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from rich.console import JustifyMethod, RenderableType
 from torch import Tensor, nn
 
+from .. import processes
 from ..attention.registry import ALIASES, PARTS
 from ..calibration.stages import calibrate
 from ..data.batch import Inputs, device, run
@@ -62,7 +63,7 @@ def compare(
     `auto` is what `calibrate` would do: it may give sites unequal budgets. With `allocations` there is a row for each of
     them, the budget shared out by that rule of `calibrate`, refined where `+refine` follows its name, and it is the row's
     `allocation`. Errors are means over the sites that calibration decided on; one that it left exact has none. Time is the
-    median of a batch, all in one process.
+    median of a batch, all in one process; of several processes each makes its share of the rows, and all return all rows.
 
     Raises:
         SbpatchError: an unknown method; one that cannot work in a budget is left out, with the reason as its row's `skipped`.
@@ -78,9 +79,10 @@ def compare(
         return found, statistics.median(times)
 
     exact, ms = answers()
-    rows: list[dict[str, Any]] = [{"method": "exact", "budget": 1.0} | _figures(exact, exact, ms)]
     rules: Sequence[str | None] = allocations or [None]
-    for method, budget, asked in progress([(m, b, a) for b in budgets for m in methods for a in rules], "comparing"):
+    wanted = [(method, budget, rule) for budget in budgets for method in methods for rule in rules]
+
+    def row(method: str, budget: float, asked: str | None) -> dict[str, Any]:
         named = {"method": method} | ({"allocation": asked} if asked else {})
         try:
             rule = asked or ("joint" if method == "auto" else "measured")
@@ -99,15 +101,19 @@ def compare(
         except SbpatchError as error:
             if str(error).startswith("unknown attention method"):
                 raise
-            rows.append(named | {"budget": budget, "skipped": str(error)})
-            continue
+            return named | {"budget": budget, "skipped": str(error)}
         patch(model, plan)
         try:
             found, ms = answers()
         finally:
             unpatch(model)
-        rows.append(named | {"budget": plan.budget.used} | _figures(found, exact, ms) | _errors(plan))
-    return rows
+        return named | {"budget": plan.budget.used} | _figures(found, exact, ms) | _errors(plan)
+
+    mine = processes.share(wanted)
+    with processes.alone():
+        rows = [row(*each) for each in progress(mine, "comparing")]
+    first = {"method": "exact", "budget": 1.0} | _figures(exact, exact, ms)
+    return [processes.from_first(lambda: first), *processes.in_order(processes.gathered(rows))]
 
 
 def _figures(found: Sequence[Kept], exact: Sequence[Kept], ms: float) -> dict[str, Any]:

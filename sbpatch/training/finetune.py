@@ -13,14 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from ..data.batch import Inputs, moved, run
-from ..data.samples import Samples, batches
+from ..data.samples import Part, Samples, batches
 from ..errors import SbpatchError, one_line
 from ..models.answers import Scores, kept
 from ..models.load import load_checkpoint
 from ..plan.patch import base_of, patch, read_plan
 from ..progress import Progress, no_progress
 from .objective import distilled_loss, labelled_loss
-from .samples import Part
 from .settings import Settings
 from .state import Progressed, State
 from .trainable import Trainable, blocks_of, recomputed, without_cache

@@ -2,31 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Sequence
-from typing import Any
-
 import numpy as np
 
-from ..data.samples import Samples
+from ..data.samples import Part, Samples
 from ..errors import SbpatchError
-
-
-class Part:
-    """The samples of `whole` at `indices`, in that order."""
-
-    def __init__(self, whole: Samples, indices: Sequence[int]) -> None:
-        self.name, self.whole, self.indices = whole.name, whole, list(indices)
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, index: int) -> tuple[Any, Any]:
-        return self.whole[self.indices[index]]
-
-    def fingerprint(self) -> str:
-        """SHA-256 over the whole's fingerprint and the indices."""
-        return hashlib.sha256(f"{self.whole.fingerprint()} {self.indices}".encode()).hexdigest()
 
 
 def divided(whole: Samples, validation: int, seed: int) -> tuple[Part, Part]:
