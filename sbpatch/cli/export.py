@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from ..data.samples import batches
+from ..data.loading import batches
 from ..evaluation import export
 from ..plan.patch import read_plan
 from ..plan.plan import versions

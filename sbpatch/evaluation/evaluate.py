@@ -29,7 +29,8 @@ from ..attention.core import repeated
 from ..attention.masks import allowed
 from ..data.batch import Inputs, count, moved, run, samples
 from ..data.images import ImageSet
-from ..data.samples import Samples, batches
+from ..data.loading import batches, worker_count
+from ..data.samples import Samples
 from ..errors import SbpatchError, one_line, out_of_memory
 from ..interrupts import held_back
 from ..measure import elapsed_ms, peak_memory_bytes
@@ -213,13 +214,15 @@ def evaluate(
     batch_size: int = 8,
     variants: Sequence[str] = VARIANTS,
     progress: Progress[Any] = no_progress,
+    skipped: list[str] | None = None,
 ) -> dict[str, dict[str, float]]:
     """Run every variant over `data`: {variant: {agreement, perplexity, latency_ms, ...}} with the keys that apply.
 
     Time is the median over batches of `batch_size`; memory is the peak of one such batch. Of a causal model also the time to
     the first token after a batch, without the logits of its other positions. Eager attention runs on the first
     `EAGER_BATCHES` batches at most, and where there are more it has no figures of quality. A variant's process loads the model
-    itself, so this must be called under `if __name__ == "__main__":` in a script.
+    itself, so this must be called under `if __name__ == "__main__":` in a script. `skipped` takes a line for each sample that
+    cannot be read; None: the first is an error.
 
     Raises:
         SbpatchError: a sample or the model cannot be read, or the model gives no finite values.
@@ -239,9 +242,11 @@ def evaluate(
         theirs.close()
         processes.append(process)
     totals = {variant: Totals() for variant in variants}
+    beside = subject.device != "cpu"  # else reading would take the model's time
+    read = batches(data, batch_size, workers=worker_count(data), beside=beside, skipped=skipped)
     try:
-        steps = range(-(-len(data) // batch_size))
-        for number, (x, y) in zip(progress(steps, "evaluating"), batches(data, batch_size), strict=True):
+        steps = range(-(-len(data) // batch_size))  # fewer where samples are skipped
+        for number, (x, y) in zip(progress(steps, "evaluating"), read, strict=False):
             if "eager" in pipes and (number == EAGER_BATCHES or sum(totals["eager"].ms) > EAGER_MS):
                 pipes.pop("eager").send(None)  # its process ends and leaves its memory to the others
                 totals["eager"].scores = Scores()  # of some batches only, not to be compared
@@ -266,10 +271,13 @@ def evaluate(
         for process in processes:
             process.join(timeout=1)
     finally:
+        read.close()
         for process in processes:
             process.kill()  # it holds nothing that is not ours to lose
         for process in processes:
             process.join()
+    if not totals["sdpa"].seen:
+        raise SbpatchError(f"{data.name}: none of {len(data)} samples can be read, the first: {(skipped or [''])[0]}")
     return {variant: totals[variant].figures(batch_size) for variant in variants}
 
 
