@@ -207,6 +207,19 @@ def _receive(pipe: Connection, variant: str) -> Any:
     return answer
 
 
+def _start(subject: Subject, variants: Sequence[str], pipes: dict[str, Connection], processes: list[Any]) -> None:
+    """A process a variant; each that was started is in the list, whenever a signal comes."""
+    context = multiprocessing.get_context("spawn")
+    resource_tracker.ensure_running()  # which lets through the signals that are held back below, the first time
+    for variant in variants:
+        pipes[variant], theirs = context.Pipe()
+        process = context.Process(target=_worker, args=(theirs, subject, variant), daemon=True)
+        with held_back():
+            process.start()
+            processes.append(process)
+        theirs.close()
+
+
 def evaluate(
     subject: Subject,
     data: Samples,
@@ -231,20 +244,13 @@ def evaluate(
         raise SbpatchError(f"no samples in '{data.name}' to evaluate on")
     there = subject.variants  # reads the plan
     variants = [name for name in variants if name in there]
-    context = multiprocessing.get_context("spawn")
-    resource_tracker.ensure_running()  # which lets through the signals that are held back below, the first time
-    pipes, processes = {}, []
-    for variant in variants:
-        pipes[variant], theirs = context.Pipe()
-        process = context.Process(target=_worker, args=(theirs, subject, variant), daemon=True)
-        with held_back():
-            process.start()
-        theirs.close()
-        processes.append(process)
+    pipes: dict[str, Connection] = {}
+    processes: list[Any] = []
     totals = {variant: Totals() for variant in variants}
     beside = subject.device != "cpu"  # else reading would take the model's time
     read = batches(data, batch_size, workers=worker_count(data), beside=beside, skipped=skipped)
     try:
+        _start(subject, variants, pipes, processes)
         steps = range(-(-len(data) // batch_size))  # fewer where samples are skipped
         for number, (x, y) in zip(progress(steps, "evaluating"), read, strict=False):
             if "eager" in pipes and (number == EAGER_BATCHES or sum(totals["eager"].ms) > EAGER_MS):
