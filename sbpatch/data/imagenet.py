@@ -5,6 +5,7 @@ from __future__ import annotations
 import tarfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 from io import BytesIO
 from pathlib import Path
 
@@ -26,7 +27,7 @@ TRUTH, META = "ILSVRC2012_validation_ground_truth.txt", "meta.mat"
 def imagenet_val(roots: Sequence[Path | str | None]) -> list[Item]:
     """The validation images in the first of the places that has some, whichever of the accepted forms they have."""
     places = [Path(root).expanduser() for root in roots if root]
-    index = {wnid: i for i, wnid in enumerate(ImageNetInfo().label_names())}
+    index = _index()
     for place in places:
         for folder in (place, place / "val", place / "ILSVRC2012_img_val"):
             if not folder.is_dir():
@@ -47,6 +48,12 @@ def imagenet_val(roots: Sequence[Path | str | None]) -> list[Item]:
         f"imagenet-val: neither class folders n01440764/, ILSVRC2012_val_*.JPEG nor {VAL_TAR} in "
         f"{' or '.join(map(str, places))} or val/ under it"
     )
+
+
+@cache
+def _index() -> dict[str, int]:
+    """Class of each WordNet id."""
+    return {wnid: i for i, wnid in enumerate(ImageNetInfo().label_names())}
 
 
 def _tar(path: Path, labels: Mapping[str, int]) -> list[Item]:
