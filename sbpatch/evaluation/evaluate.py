@@ -247,8 +247,7 @@ def evaluate(
     pipes: dict[str, Connection] = {}
     processes: list[Any] = []
     totals = {variant: Totals() for variant in variants}
-    beside = subject.device != "cpu"  # else reading would take the model's time
-    read = batches(data, batch_size, workers=worker_count(data), beside=beside, skipped=skipped)
+    read = batches(data, batch_size, workers=worker_count(data), beside=subject.device != "cpu", skipped=skipped)
     try:
         _start(subject, variants, pipes, processes)
         steps = range(-(-len(data) // batch_size))  # fewer where samples are skipped

@@ -19,6 +19,8 @@ from cases import command, tree
 from conftest import QUICK
 from tiny import ROOT
 
+FEW, MANY, OF_AN_EXPORTER = 6, {"calibrate": 50, "export": 20, "finetune": 20}, 3  # kills in each test
+OVER_A_RESULT, OF_AN_EVAL = (0.0, 0.1, 0.2, 0.3, 0.4), (6.0, 11.0, 14.0, 18.0)  # seconds after which one comes
 CALIBRATE = ["calibrate", "tiny.pth", "-o", "new", *QUICK, "--samples", "6"]
 
 
@@ -99,12 +101,12 @@ def killed_often(arguments: list[str], times: int, seed: int, target: str = "new
 
 
 def test_killed_calibrations_lose_nothing(place):
-    assert killed_often(CALIBRATE, 6, seed=0) >= 2
+    assert killed_often(CALIBRATE, FEW, seed=0) >= 2
 
 
 @pytest.mark.slow
 def test_fifty_kills(place):
-    assert killed_often(CALIBRATE, 50, seed=1) >= 15
+    assert killed_often(CALIBRATE, MANY["calibrate"], seed=1) >= 15
 
 
 COPY = ["export", "out", "--format", "safetensors", "-o", "new", "--quiet"]
@@ -117,19 +119,19 @@ OTHERS = {"export": COPY, "finetune": TUNE}
 
 @pytest.mark.parametrize("verb", OTHERS)
 def test_killed_exports_and_finetunings_lose_nothing(place, verb):
-    assert killed_often(OTHERS[verb], 6, seed=2) >= 2
+    assert killed_often(OTHERS[verb], FEW, seed=2) >= 2
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("verb", OTHERS)
 def test_many_kills_of_exports_and_finetunings(place, verb):
-    assert killed_often(OTHERS[verb], 20, seed=3) >= 6
+    assert killed_often(OTHERS[verb], MANY[verb], seed=3) >= 6
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("arguments", "target"), [(PT2, "new.pt2"), (ONNX, "new.onnx")], ids=["pt2", "onnx"])
 def test_killed_exporters_lose_nothing(place, arguments, target):
-    assert killed_often(arguments, 3, seed=4, target=target, same=False) >= 1
+    assert killed_often(arguments, OF_AN_EXPORTER, seed=4, target=target, same=False) >= 1
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
@@ -205,7 +207,7 @@ def writing_to(path: Path) -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("delay", [6.0, 11.0, 14.0, 18.0])
+@pytest.mark.parametrize("delay", OF_AN_EVAL)
 def test_a_killed_eval_leaves_no_process_and_no_file(place, delay):
     """A process as users start it, whose variants are spawned: each ends by itself when nobody asks it any more."""
     many_images()
@@ -230,7 +232,7 @@ def test_a_killed_eval_leaves_no_process_and_no_file(place, delay):
 def test_a_result_that_was_there_survives_kills(place):
     before = tree(Path("out"))
     again = ["calibrate", "tiny.pth", "-o", "out", *QUICK, "--seed", "5"]
-    for delay in (0.0, 0.1, 0.2, 0.3, 0.4):
+    for delay in OVER_A_RESULT:
         child = started(again)
         time.sleep(delay)
         os.kill(child, signal.SIGKILL)
@@ -283,3 +285,20 @@ def test_an_interrupt_from_the_terminal(place, delay, arguments):
         assert tree(Path()).keys() - before.keys() <= {".new.calibrating"}
     time.sleep(1)
     assert not living(process.pid)
+
+
+def kill_table() -> str:
+    """The table of docs/reliability.md: kill -9, and those of the tests that are not slow among them."""
+    kills = {
+        "calibrate": (FEW + len(OVER_A_RESULT), MANY["calibrate"]),
+        "export": (FEW, MANY["export"] + 2 * OF_AN_EXPORTER),
+        "finetune": (FEW, MANY["finetune"]),
+        "eval": (0, len(OF_AN_EVAL)),
+    }
+    rows = [f"| `{verb}` | {few + many} | {few} |" for verb, (few, many) in kills.items()]
+    return "\n".join(["| killed | times | in the quick tests |", "|---|---|---|", *rows])
+
+
+def test_the_page_has_the_counts():
+    page = (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
+    assert kill_table() in page, f"put this into docs/reliability.md:\n{kill_table()}"
