@@ -20,7 +20,7 @@ from conftest import QUICK
 from tiny import ROOT
 
 FEW, MANY, OF_AN_EXPORTER = 6, {"calibrate": 50, "export": 20, "finetune": 20}, 3  # kills in each test
-OVER_A_RESULT, OF_AN_EVAL = (0.0, 0.1, 0.2, 0.3, 0.4), (6.0, 11.0, 14.0, 18.0)  # seconds after which one comes
+OVER_A_RESULT, OF_AN_EVAL = (0.0, 0.1, 0.2, 0.3, 0.4), (11.0, 16.0)  # seconds after which one comes
 CALIBRATE = ["calibrate", "tiny.pth", "-o", "new", *QUICK, "--samples", "6"]
 
 
@@ -135,7 +135,7 @@ def test_killed_exporters_lose_nothing(place, arguments, target):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
-@pytest.mark.parametrize("share", [0.2, 0.6, 0.9])
+@pytest.mark.parametrize("share", [0.3, 0.8])
 @pytest.mark.parametrize("verb", OTHERS)
 def test_a_stopped_export_or_finetuning_ends_in_one_line(place, verb, share, number):
     whole = seconds_of(result(OTHERS[verb], "../expected"))
@@ -181,7 +181,7 @@ def many_images() -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
-@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
+@pytest.mark.parametrize("share", [0.1, 0.6])
 @pytest.mark.usefixtures("forked_variants")
 def test_a_stopped_eval_ends_in_one_line_and_leaves_no_process(place, share, number):
     many_images()
@@ -220,10 +220,10 @@ def test_a_killed_eval_leaves_no_process_and_no_file(place, delay):
     time.sleep(delay)
     process.kill()
     process.wait()
-    for _ in range(100):
+    for _ in range(120):  # what is still importing finds out when it has done so
         if not living(process.pid):
             break
-        time.sleep(0.1)
+        time.sleep(0.5)
     assert not living(process.pid)
     left = tree(Path()).keys() - before.keys()
     assert left <= {"new.json"}
