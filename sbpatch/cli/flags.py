@@ -180,12 +180,10 @@ def evaluation_set(
         raise SbpatchError(f"--stride is for models that predict the next token, and {loaded.name} does not")
     if isinstance(preprocessing, Preprocessing):
         images = open_images(source, preprocessing, data_dir=data_dir, limit=limit, skip_bad=skipped is not None)
-        if skipped is not None:
-            images.fit(loaded.classes)  # before its classes are counted: one wrong label must not make it another set
-        check_classes(loaded, images)
-        images.fit(loaded.classes)
+        images.fit(loaded.classes)  # before its classes are counted: one wrong label must not make it another set
         if skipped is None:
             images.check()
+        check_classes(loaded, images)
         return images
     text = texts.open_text(source, data_dir=data_dir, skipped=skipped)
     if loaded.answer == "next-token":
