@@ -36,8 +36,8 @@ from torch import Tensor, nn
 
 from sbpatch.attention import Geometry, Scatterbrain
 from sbpatch.data.images import ImageSet
+from sbpatch.data.loading import batches
 from sbpatch.data.preprocessing import Preprocessing
-from sbpatch.data.samples import batches
 from sbpatch.data.sources import open_images
 from sbpatch.models.t2t_vit import PATCH, T2TViT, T2TViTConfig, sinusoids
 from sbpatch.sites.calls import Call

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import SbpatchError, out_of_memory, system_reason
-from .reading import kind
+from .reading import kind, read_json
 
 NAME_BYTES = 255  # of a file's name, in the file systems in use
 RANDOM_BYTES = 8  # that tempfile puts behind a name
@@ -34,6 +34,7 @@ UNREAD = {
     ".pt2",
     ".onnx",
 }  # what export writes and no command reads: it may be replaced also inside a model's directory
+PLAN, PLOT = "sbpatch.json", "report.png"  # of a directory that calibrate wrote
 # How libraries that are no Python say that the system refused to write.
 WRITE_FAILED = re.compile(r"os error \d+|I/O error|No space left|file write failed")
 
@@ -82,7 +83,8 @@ def check_target(target: Path, inputs: Iterable[Path | None] = ()) -> Path:
     """Where a result file goes: links followed, `target` itself otherwise. Refused before any work is done.
 
     Args:
-        inputs: files and directories that the run reads; of the directories no file that is there may be replaced.
+        inputs: files and directories that the run reads; of the directories no file that is there may be replaced, but in a
+            patched one (with a plan in it) an earlier `--json`, and a plot that is not the model card's.
 
     Raises:
         SbpatchError: it is a directory, a device or a pipe, a link that leads nowhere, in no folder, or one of the inputs.
@@ -93,10 +95,29 @@ def check_target(target: Path, inputs: Iterable[Path | None] = ()) -> Path:
     for given in inputs:
         if given is None or not place.exists() or not given.exists():
             continue
-        inside = given.is_dir() and place.is_relative_to(given.resolve()) and place.suffix not in UNREAD
+        inside = given.is_dir() and place.is_relative_to(given.resolve()) and not _may_be_replaced(place)
         if inside or given.samefile(place):
             raise SbpatchError(f"cannot write {target}: it is there, and this run reads {given}; give another name")
     return place
+
+
+def _may_be_replaced(place: Path) -> bool:
+    """Whether a file in a directory that is read is none of its own: an export, or an earlier result beside a plan."""
+    if place.suffix in UNREAD:
+        return True
+    if not place.with_name(PLAN).is_file() or place.name in (PLAN, PLOT):
+        return False
+    return place.suffix == ".png" or (place.suffix == ".json" and _is_result(place))
+
+
+def _is_result(path: Path) -> bool:
+    """Whether a file is what `--json` wrote once: it says by which version of sbpatch."""
+    try:
+        found = read_json(path, "result")
+    except SbpatchError:
+        return False
+    versions = found.get("versions") if isinstance(found, dict) else None
+    return isinstance(versions, dict) and "sbpatch" in versions
 
 
 def check_apart(output: Path, inputs: Iterable[Path | None]) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import sbpatch
-from sbpatch.data.samples import batches
+from sbpatch.data.loading import batches
 from sbpatch.data.sources import open_images, sample_images
 from sbpatch.models.checkpoint import Checkpoint
 from sbpatch.models.load import load_checkpoint

@@ -228,7 +228,7 @@ def test_parquet_that_is_not_image_data(tmp_path):
     assert "neither cifar10-test.parquet nor test-*.parquet" in refused("cifar10", SMALL, data_dir=tmp_path)
     path = tmp_path / "x.parquet"
     pq.write_table(pa.table({"text": ["a"], "label": [0]}), path)
-    assert "found label" in refused(str(path), SMALL)
+    assert "found text, label" in refused(str(path), SMALL)
     pq.write_table(pa.table({"image": ["a"], "label": [0]}), path)
     assert "holds string, not encoded images" in refused(str(path), SMALL)
     pq.write_table(pa.table({"image": [jpeg()], "label": [None]}), path)

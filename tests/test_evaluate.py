@@ -14,8 +14,8 @@ from torch import Tensor
 from transformers import BertForMaskedLM
 
 from sbpatch.data.batch import Inputs, run
+from sbpatch.data.loading import batches
 from sbpatch.data.preprocessing import Preprocessing
-from sbpatch.data.samples import batches
 from sbpatch.data.texts import Text
 from sbpatch.data.tokens import passages, windows
 from sbpatch.errors import SbpatchError

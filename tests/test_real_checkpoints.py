@@ -15,8 +15,8 @@ from sbpatch import patch, unpatch
 from sbpatch.attention import Scatterbrain
 from sbpatch.calibration.stages import calibrate
 from sbpatch.data.batch import run
+from sbpatch.data.loading import batches
 from sbpatch.data.preprocessing import TextPreprocessing
-from sbpatch.data.samples import batches
 from sbpatch.data.texts import open_text
 from sbpatch.data.tokens import passages, sample_passages, windows
 from sbpatch.models.answers import embedding

@@ -16,8 +16,8 @@ from tiny import refused
 from tiny_text import preprocessing, prose, words
 from transformers import AutoTokenizer
 
+from sbpatch.data.loading import batches
 from sbpatch.data.preprocessing import TextPreprocessing
-from sbpatch.data.samples import batches
 from sbpatch.data.texts import Text, open_text
 from sbpatch.data.tokens import passages, sample_passages, sample_windows, spans, windows
 
@@ -247,7 +247,7 @@ def test_wikitext_as_it_comes() -> None:
         ("wikitext2", "unknown text 'wikitext2': known are wikitext-2"),
         ("demo", "demo holds images, and this model takes text"),
         ("cifar10", "cifar10 holds images"),
-        (".", ". is a directory"),
+        ("empty", "empty is a directory without text files"),
         ("blank.txt", "blank.txt, last 3/4: no text in it"),
         ("latin.txt", "latin.txt is no UTF-8 text"),
         ("broken.parquet", "broken.parquet cannot be read"),
@@ -258,6 +258,7 @@ def test_wikitext_as_it_comes() -> None:
     ],
 )
 def test_texts_that_cannot_be_had(source: str, said: str) -> None:
+    Path("empty").mkdir()
     Path("blank.txt").write_text("\n \n" * 9)
     Path("latin.txt").write_bytes("é".encode("latin-1") * 9)
     Path("broken.parquet").write_text("PAR1")

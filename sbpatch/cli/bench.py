@@ -11,7 +11,7 @@ import typer
 
 from .. import bounds
 from ..data.batch import Inputs, moved
-from ..data.samples import batches
+from ..data.loading import batches
 from ..errors import SbpatchError
 from ..measure import device_name
 from ..models.checkpoint import Checkpoint

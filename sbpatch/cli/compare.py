@@ -11,7 +11,7 @@ import typer
 from .. import bounds
 from ..attention import parse_method
 from ..data.batch import moved
-from ..data.samples import batches
+from ..data.loading import batches
 from ..errors import SbpatchError
 from ..measure import device_name
 from ..plan.plan import versions

@@ -57,6 +57,9 @@ def eval_command(
     batch_size: Annotated[
         int | None, integer("--batch-size", most=bounds.BATCH, help="default: 8, for causal models 1")
     ] = None,
+    skip_bad: Annotated[
+        bool, typer.Option("--skip-bad", help="count, name and leave out samples that cannot be read")
+    ] = False,
     checkpoint: CheckpointFile = None,
     device: DeviceFlag = Device.auto,
     dtype: DtypeFlag = Dtype.float32,
@@ -76,7 +79,9 @@ def eval_command(
         )
         write_json(json_file, json_text(result))
         return
-    data = evaluation_set(loaded, dataset, data_dir=data_dir, limit=limit, stride=stride)
+    skipped: list[str] | None = [] if skip_bad else None
+    data = evaluation_set(loaded, dataset, data_dir=data_dir, limit=limit, stride=stride, skipped=skipped)
+    texts_skipped = len(skipped or [])  # are no samples of the set
     batch_size = batch_size or default_batch(loaded)
     subject = Subject(model, checkpoint, loaded.answer, device.resolve(), dtype.value)
     sites = plan.sites if plan else accounting.exact_sites(loaded)
@@ -85,14 +90,14 @@ def eval_command(
         sites = [site.model_copy(update={"tokens": tokens}) for site in sites]
     variants = evaluate.evaluate(
         subject, data, batch_size=batch_size, progress=progress_bars(quiet),
-        variants=accounting.affordable(sites, tokens, batch_size, dtype.value),
+        variants=accounting.affordable(sites, tokens, batch_size, dtype.value), skipped=skipped,
     )  # fmt: skip
     for name, figures in variants.items():
         figures["attention_memory_bytes"] = accounting.attention_memory_bytes(sites, name, subject)
     result = {
         "model": plan.model if plan else loaded.name,
         "dataset": data.name,
-        "samples": len(data),
+        "samples": len(data) - len(skipped or []) + texts_skipped,
         "batch_size": batch_size,
         "seed": plan.seed if plan else seed,
         "device": device_name(subject.device),
@@ -102,6 +107,8 @@ def eval_command(
     }
     if processes.count() > 1:
         result["processes"] = processes.count()
+    if skipped is not None:
+        result["skipped"], result["skipped_samples"] = len(skipped), skipped
     if tokens is not None:
         result["length"] = tokens
     if plan and plan.input_size and tokens not in (None, *plan.input_size):

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..data.samples import batches
+from ..data.loading import batches
 from ..errors import SbpatchError
 from ..evaluation import export
 from ..plan.patch import read_plan

@@ -15,8 +15,9 @@ from rich.progress import track
 from .. import bounds, processes
 from ..data import texts, tokens
 from ..data.batch import Inputs, moved
+from ..data.loading import batches
 from ..data.preprocessing import Preprocessing, TextPreprocessing
-from ..data.samples import Samples, batches
+from ..data.samples import Samples
 from ..data.sources import open_images, sample_images
 from ..errors import SbpatchError
 from ..evaluation.evaluate import check_classes
@@ -167,8 +168,12 @@ def evaluation_set(
     data_dir: Path | None = None,
     limit: int | None = None,
     stride: int | None = None,
+    skipped: list[str] | None = None,
 ) -> Samples:
-    """The samples of a source's test part, read and checked against the model.
+    """The samples of a source's test part, checked against the model.
+
+    Args:
+        skipped: takes a line for each text that is bad; bad images are then left for `batches` to skip.
 
     Raises:
         SbpatchError: the source cannot be read, is of the other kind, or has other classes than the model.
@@ -177,11 +182,13 @@ def evaluation_set(
     if stride is not None and loaded.answer != "next-token":
         raise SbpatchError(f"--stride is for models that predict the next token, and {loaded.name} does not")
     if isinstance(preprocessing, Preprocessing):
-        images = open_images(source, preprocessing, data_dir=data_dir, limit=limit)
-        images.check()
+        images = open_images(source, preprocessing, data_dir=data_dir, limit=limit, skip_bad=skipped is not None)
+        images.fit(loaded.classes)  # before its classes are counted: one wrong label must not make it another set
+        if skipped is None:
+            images.check()
         check_classes(loaded, images)
         return images
-    text = texts.open_text(source, data_dir=data_dir)
+    text = texts.open_text(source, data_dir=data_dir, skipped=skipped)
     if loaded.answer == "next-token":
         return tokens.windows(text, preprocessing, stride=stride, limit=limit)
     return tokens.passages(text, preprocessing, limit=limit)
@@ -195,7 +202,7 @@ def training_set(loaded: Checkpoint, source: str, data_dir: Path | None = None, 
     """
     preprocessing = loaded.preprocessing
     if isinstance(preprocessing, Preprocessing):
-        images = open_images(source, preprocessing, data_dir=data_dir, split="train", limit=limit)
+        images = open_images(source, preprocessing, data_dir=data_dir, split="train", limit=limit, stored=True)
         images.check()
         check_classes(loaded, images)
         return images

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import tarfile
 from collections.abc import Mapping, Sequence
-from functools import partial
+from dataclasses import replace
+from functools import cache
 from io import BytesIO
 from pathlib import Path
 
-from PIL import Image
 from scipy.io.matlab import loadmat  # scipy comes with scikit-learn
 from timm.data.imagenet_info import ImageNetInfo
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from ..bounds import integer_of
-from ..errors import SbpatchError, one_line, printable
+from ..errors import SbpatchError, one_line
 from ..reading import check_regular
-from .images import Item, decode, file_item
+from .archives import members
+from .images import Item, file_item
 
 VAL_TAR, DEVKIT = "ILSVRC2012_img_val.tar", "ILSVRC2012_devkit_t12"
 MOST_ID, MOST_METADATA = 100_000, 64 << 20  # of the devkit's numbers for classes; bytes of one of its files
@@ -26,7 +27,7 @@ TRUTH, META = "ILSVRC2012_validation_ground_truth.txt", "meta.mat"
 def imagenet_val(roots: Sequence[Path | str | None]) -> list[Item]:
     """The validation images in the first of the places that has some, whichever of the accepted forms they have."""
     places = [Path(root).expanduser() for root in roots if root]
-    index = {wnid: i for i, wnid in enumerate(ImageNetInfo().label_names())}
+    index = _index()
     for place in places:
         for folder in (place, place / "val", place / "ILSVRC2012_img_val"):
             if not folder.is_dir():
@@ -38,7 +39,7 @@ def imagenet_val(roots: Sequence[Path | str | None]) -> list[Item]:
             flat = sorted(folder.glob("ILSVRC2012_val_*.JPEG"))
             if flat:
                 labels = _labels(place, index)
-                return [file_item(f, folder, _label(f.name, labels, place)) for f in flat]
+                return [_labelled(file_item(f, folder, -1), f.name, labels, place) for f in flat]
         if (place / VAL_TAR).is_file():
             return _tar(place / VAL_TAR, _labels(place, index))
     if not places:
@@ -49,30 +50,21 @@ def imagenet_val(roots: Sequence[Path | str | None]) -> list[Item]:
     )
 
 
+@cache
+def _index() -> dict[str, int]:
+    """Class of each WordNet id."""
+    return {wnid: i for i, wnid in enumerate(ImageNetInfo().label_names())}
+
+
 def _tar(path: Path, labels: Mapping[str, int]) -> list[Item]:
-    def read(offset: int, size: int) -> Image.Image:
-        with path.open("rb") as file:
-            file.seek(offset)
-            return decode(file.read(size))
-
-    try:
-        with tarfile.open(path) as archive:
-            members = sorted((m for m in archive if m.isfile()), key=lambda m: m.name)
-        if wrong := next((m for m in members if not 0 <= m.offset_data + m.size <= path.stat().st_size), None):
-            raise EOFError(f"{printable(wrong.name)} goes beyond its end")
-    except Exception as error:  # tarfile raises much for headers of nonsense
-        raise SbpatchError(f"{path} is damaged or not a tar file ({one_line(error)}): get it again") from None
-    return [
-        Item(f"{path}:{m.name}", f"{Path(m.name).name} {m.size}", label, partial(read, m.offset_data, m.size))
-        for m in members
-        for label in (_label(Path(m.name).name, labels, path.parent),)
-    ]
+    found = sorted(members(path), key=lambda m: m.name)
+    return [_labelled(m.item(), Path(m.name).name, labels, path.parent) for m in found]
 
 
-def _label(name: str, labels: Mapping[str, int], place: Path) -> int:
+def _labelled(item: Item, name: str, labels: Mapping[str, int], place: Path) -> Item:
     if name not in labels:
-        raise SbpatchError(f"imagenet-val: the labels in {place} do not cover {name}")
-    return labels[name]
+        return replace(item, problem=f"imagenet-val: the labels in {place} do not cover {name}")
+    return replace(item, label=labels[name])
 
 
 def _labels(place: Path, index: Mapping[str, int]) -> dict[str, int]:

@@ -8,22 +8,26 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from io import BytesIO
+from math import prod
 from pathlib import Path
+from typing import Any, Protocol
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ..bounds import shown
 from ..errors import SbpatchError, one_line
-from ..reading import check_regular
+from ..reading import check_regular, kind
 from .preprocessing import Preprocessing
 from .samples import pool, strided
 
 MOST_PIXELS = 1 << 27  # of an image, as it is stored and as it is resized: 400 MB in memory
+MOST_LABEL = (1 << 24) - 1
 CHECKED = 5000  # images that `check` decodes at most: about ten seconds
 # What Pillow raises for a file that is not an image, a broken one, or one far too large: its readers check little.
 IMAGE_ERRORS = (Exception,)
@@ -37,25 +41,67 @@ class Item:
     identity: str
     label: int
     open: Callable[[], Image.Image]
+    problem: str = ""  # why it is no sample, where that is known before it is opened
+
+    def labelled(self, label: Any, classes: int = MOST_LABEL + 1) -> Item:
+        """The same with a label from a file, which may be no class."""
+        if isinstance(label, int) and -1 <= label < classes:
+            return replace(self, label=int(label))
+        return replace(self, label=-1, problem=f"label {shown(label)} is no class: {classes_meant(classes)}")
+
+
+def classes_meant(classes: int) -> str:
+    return "labels count from 0, -1 is none" if classes > MOST_LABEL else f"they are 0 to {classes - 1}"
+
+
+class Stream(Protocol):
+    """Images that come in one order only, and how many they are."""
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[Item]: ...
 
 
 class ImageSet(Dataset[tuple[Tensor, int]]):
     """Images and labels behind one preprocessing; `images[i]` is (a float32 tensor (3, H, W), the label).
 
-    `classes` is how many classes the labels count over, None where there are no labels. Indexing raises SbpatchError for
-    a file that cannot be read.
+    `classes` is how many classes the labels count over, None where there are no labels, or a stream does not say. Where its
+    source names none (`named` None) it is counted from the labels. Indexing raises SbpatchError for an image that cannot be
+    read or a label that is no class. Of a stream, its items themselves are the indices.
     """
 
-    def __init__(self, name: str, items: Sequence[Item], preprocessing: Preprocessing, classes: int | None) -> None:
-        self.name, self.items, self.classes = name, items, classes
+    def __init__(
+        self,
+        name: str,
+        items: Sequence[Item] | Stream,
+        preprocessing: Preprocessing,
+        classes: int | None,
+        named: bool = True,
+    ) -> None:
+        self.name, self.items, self.named = name, items, named
+        self._classes, self._most = classes, classes if named and classes else MOST_LABEL + 1
         self._transform = preprocessing.transform()
         self._scale = preprocessing.scale
+        self.sample_bytes = 4 * prod(preprocessing.input_size)
+
+    @property
+    def classes(self) -> int | None:
+        if self.named or not isinstance(self.items, Sequence):
+            return self._classes
+        labels = [item.label for item in self.items if not item.problem and item.label < self._most]
+        return 1 + max(labels, default=-1)
 
     def __len__(self) -> int:
         return len(self.items)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        item = self.items[index]
+    def keys(self) -> Sequence[int] | Iterator[Item]:
+        """What to index with, in order."""
+        return range(len(self.items)) if isinstance(self.items, Sequence) else iter(self.items)
+
+    def __getitem__(self, key: int | Item) -> tuple[Tensor, int]:
+        item = key if isinstance(key, Item) else self.items[key]  # type: ignore[index]
+        if problem := self._label_problem(item):
+            raise SbpatchError(f"{item.where}: {problem}")
         try:
             image = _opened(item, self._scale).convert("RGB")
         except IMAGE_ERRORS as error:
@@ -64,17 +110,33 @@ class ImageSet(Dataset[tuple[Tensor, int]]):
             ) from None
         return self._transform(image), item.label
 
+    def fit(self, classes: int | None) -> None:
+        """From here on a label that is none of a model's classes is a bad sample, where the source does not name its own."""
+        if classes is not None and not (self.named and self._classes):
+            self._most = classes
+
+    def _label_problem(self, item: Item) -> str:
+        if item.problem or item.label < self._most:
+            return item.problem
+        return item.labelled(item.label, self._most).problem
+
     def fingerprint(self) -> str:
         """SHA-256 over the names, sizes and labels of the images in their order; their folder does not count."""
         lines = (f"{item.identity} {item.label}\n" for item in self.items)
         return hashlib.sha256("".join(lines).encode(errors="surrogateescape")).hexdigest()
 
     def check(self) -> None:
-        """Decode the images, at most 5,000 spread evenly, so that a bad file stops a run before it has begun.
+        """Look at all labels and decode the images, at most 5,000 spread evenly, so that a bad file stops a run before it
+        has begun. What comes as a stream is not read ahead.
 
         Raises:
             SbpatchError: some cannot be read; the line names the first one and says how many.
         """
+        if not isinstance(self.items, Sequence):
+            return
+        for item in self.items:
+            if problem := self._label_problem(item):
+                raise SbpatchError(f"{item.where}: {problem}")
         items = strided(self.items, CHECKED)
         with pool() as workers:
             bad = [
@@ -86,7 +148,7 @@ class ImageSet(Dataset[tuple[Tensor, int]]):
             item, problem = bad[0]
             raise SbpatchError(
                 f"{self.name}: {len(bad)} of {len(items)} images cannot be read, the first is {item.where} ({problem}): "
-                "remove or replace them"
+                "remove or replace them, or see --skip-bad"
             )
 
 
@@ -98,9 +160,13 @@ def _opened(item: Item, scale: Callable[[int, int], float]) -> Image.Image:
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # of half the size that is refused here
-        image = item.open()
+        try:
+            image = item.open()
+        except UnidentifiedImageError:  # whose own words name the object in memory
+            raise ValueError("in no image format that is known") from None
     width, height = image.size
     if max(width * height, width * height * scale(width, height) ** 2) > MOST_PIXELS:
+        image.close()
         raise ValueError(f"{width} x {height} px are too many, or too narrow to resize")
     return image
 
@@ -121,8 +187,17 @@ def decode(data: bytes | None) -> Image.Image:
     return Image.open(BytesIO(data or b""))
 
 
-def file_item(path: Path, root: Path, label: int) -> Item:
+def opened_file(path: Path) -> Image.Image:
     check_regular(path)
-    return Item(
-        str(path), f"{path.relative_to(root).as_posix()} {path.stat().st_size}", label, partial(Image.open, path)
-    )
+    return Image.open(path)
+
+
+def file_item(path: Path, root: Path, label: int) -> Item:
+    """An image in a file of its own; a pipe or a device is none."""
+    try:
+        found = kind(path)
+        problem = f"it is {found}, not a file" if found else ""
+    except SbpatchError as error:
+        problem = one_line(error)
+    identity = f"{path.relative_to(root).as_posix()} {0 if problem else path.stat().st_size}"
+    return Item(str(path), identity, label, partial(opened_file, path), problem)

@@ -1,17 +1,12 @@
-"""A set of samples, images or texts, and how it is cut into batches."""
+"""A set of samples, images or texts, and how some of them are chosen."""
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol, TypeVar
-
-from torch import Tensor
-from torch.utils.data import default_collate
-
-from .batch import Inputs
 
 T = TypeVar("T")
 
@@ -26,19 +21,6 @@ class Samples(Protocol):
     def __getitem__(self, index: int) -> tuple[Any, Any]: ...
 
     def fingerprint(self) -> str: ...
-
-
-def batches(samples: Samples, batch_size: int) -> Iterator[tuple[Inputs, Tensor]]:
-    """All samples in order: images (B, 3, H, W) float32 with labels (B,) int64, or tokens (see texts.py).
-
-    The last batch may be smaller. A batch is made by several threads, but only when it is asked for, so that nothing
-    runs beside a timed model.
-    """
-    with pool() as workers:
-        for start in range(0, len(samples), batch_size):
-            stop = min(start + batch_size, len(samples))
-            inputs, labels = default_collate(list(workers.map(samples.__getitem__, range(start, stop))))
-            yield inputs, labels
 
 
 def pool() -> ThreadPoolExecutor:

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from pydoc_data.topics import topics
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -27,6 +29,7 @@ FILES = ("wiki.{}.raw", "wiki.{}.tokens", "{}.txt", "{}*.parquet")
 SPLITS = {"train": ("train",), "test": ("valid", "validation", "test")}
 SUFFIXES = (".txt", ".tokens", ".raw", ".md")
 PARAGRAPH = 200  # characters: what is shorter says too little to compare embeddings of
+ROWS = 256  # of a parquet file that are read at a time
 MOST = 20_000_000  # characters read of a longer text: about five million tokens
 
 
@@ -65,7 +68,9 @@ def is_text(source: str) -> bool:
     return source in NAMES or Path(source).suffix.lower() in SUFFIXES
 
 
-def open_text(source: str, *, data_dir: Path | None = None, split: str = "test") -> Text:
+def open_text(
+    source: str, *, data_dir: Path | None = None, split: str = "test", skipped: list[str] | None = None
+) -> Text:
     """Open a text.
 
     Args:
@@ -73,10 +78,12 @@ def open_text(source: str, *, data_dir: Path | None = None, split: str = "test")
             - `wikitext-2`: in `data_dir`, or in a folder `wikitext-2*` there, as `wiki.valid.raw`, `wiki.valid.tokens`,
               `valid.txt` or `validation*.parquet`, the other splits alike; without `data_dir` the hub's raw version.
             - `python-docs`: Python's own language reference, as `help()` shows it.
-            - a UTF-8 file, or a parquet file with a column `text`.
+            - a UTF-8 file, or a parquet file with a column `text`, or a folder of such files, one after the other.
             - a Hugging Face data set `owner/name` with a column `text`.
         data_dir: where `wikitext-2` is.
         split: `train` (for calibration) or `test` (for evaluation).
+        skipped: takes a line for each file of a folder and each row of a parquet file that is no text, which is left out;
+            None: the first is an error.
 
     Raises:
         SbpatchError: the source is unknown, missing, empty or no text; the line says what was looked for where.
@@ -89,13 +96,15 @@ def open_text(source: str, *, data_dir: Path | None = None, split: str = "test")
     elif source == "wikitext-2":
         text = _hub(source, *WIKITEXT, split)
     elif path.exists() and not path.is_dir():
-        text = Text(source, _read(path)).part(split)
+        text = Text(source, _read(path, skipped)).part(split)
+    elif source and (files := _files(path)):
+        text = Text(source, _joined(files, skipped)).part(split)
     elif source in IMAGES:
         raise SbpatchError(
             f"{source} holds images, and this model takes text: known are {', '.join(NAMES)} and text files"
         )
     elif path.is_dir():
-        raise SbpatchError(f"{source} is a directory: this model reads text, so give a text file or wikitext-2")
+        raise SbpatchError(f"{source} is a directory without text files: give a text file or wikitext-2")
     elif source.count("/") == 1 and not source.startswith((".", "~", "/")) and not path.suffix:
         text = _hub(source, source, None, split)
     elif "/" in source or path.suffix:
@@ -143,33 +152,65 @@ def _hub(name: str, repository: str, config: str | None, split: str) -> Text:
         raise SbpatchError(
             f"{name} is neither a path here nor a data set that Hugging Face or its cache can give ({one_line(error)})"
         ) from None
-    text = Text(f"{name} ({wanted})", _column(name, table))
+    _check_column(name, table.schema)
+    text = Text(f"{name} ({wanted})", _column(name, [table]))
     return text if train and test else text.part(split)
 
 
-def _read(path: Path) -> str:
+def _files(folder: Path) -> list[Path]:
+    """The text and parquet files below a folder, by name."""
+    return [path for path in sorted(folder.rglob("*")) if path.suffix.lower() in (*SUFFIXES, ".parquet")]
+
+
+def _joined(files: list[Path], skipped: list[str] | None) -> str:
+    """Files set apart by empty lines; what is no text left out, if it is to be skipped."""
+    found: list[str] = []
+    for path in files:
+        try:
+            found.append(_read(path, skipped))
+        except SbpatchError as error:
+            if skipped is None:
+                raise
+            skipped.append(str(error))
+        if sum(map(len, found)) >= MOST:
+            break
+    return "\n\n".join(found)[:MOST]
+
+
+def _read(path: Path, skipped: list[str] | None = None) -> str:
     check_regular(path)
     try:
         if path.suffix == ".parquet":
-            return _column(str(path), pq.read_table(path))
-        with path.open(encoding="utf-8") as file:
-            return file.read(MOST)
+            file = pq.ParquetFile(path, buffer_size=1 << 20)
+            _check_column(str(path), file.schema_arrow)
+            return _column(str(path), file.iter_batches(ROWS, columns=["text"]), skipped)
+        with path.open(encoding="utf-8") as text:
+            return text.read(MOST)
     except UnicodeDecodeError as error:
         raise SbpatchError(f"{path} is no UTF-8 text ({one_line(error)})") from None
     except (pa.ArrowException, OSError, ValueError, MemoryError) as error:
         raise SbpatchError(f"{path} cannot be read ({one_line(error)})") from None
 
 
-def _column(name: str, table: pa.Table) -> str:
-    """Rows of the column `text`, set apart by empty lines, as the published perplexities have them."""
-    columns = {field.name: str(field.type) for field in table.schema}
+def _check_column(name: str, schema: pa.Schema) -> None:
+    columns = {field.name: str(field.type) for field in schema}
     if columns.get("text") not in ("string", "large_string"):
         found = ", ".join(f"{name} ({kind})" for name, kind in columns.items())
         raise SbpatchError(f"{name}: expected a column 'text' of strings, found {found}")
+
+
+def _column(name: str, tables: Iterable[Any], skipped: list[str] | None = None) -> str:
+    """Rows of the column `text`, set apart by empty lines, as the published perplexities have them."""
     rows: list[str] = []
     size = 0
-    for cell in table["text"]:
-        rows.append(cell.as_py() or "")
+    for number, cell in enumerate(cell for table in tables for cell in table.column("text")):
+        try:
+            rows.append(cell.as_py() or "")
+        except UnicodeDecodeError as error:
+            if skipped is None:
+                raise SbpatchError(f"{name} row {number} is no UTF-8 text ({one_line(error)})") from None
+            skipped.append(f"{name} row {number} is no UTF-8 text ({one_line(error)})")
+            continue
         size += len(rows[-1])
         if size >= MOST:
             break

@@ -11,16 +11,19 @@ from __future__ import annotations
 
 import multiprocessing
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from typing import Any
 
+from torch import Tensor
+
 from .. import processes
-from ..data.batch import count
+from ..data.batch import Inputs, count
 from ..data.images import ImageSet
-from ..data.samples import Part, Samples, batches
+from ..data.loading import batches, worker_count
+from ..data.samples import Part, Samples
 from ..errors import SbpatchError
 from ..interrupts import held_back
 from ..models.answers import Kept, Scores
@@ -95,8 +98,23 @@ class Shared:
         numbers = processes.share(range(-(-len(data) // batch_size)))
         if processes.count() == 1:
             return cls(numbers, data)
+        if isinstance(data, ImageSet) and not isinstance(data.items, Sequence):
+            raise SbpatchError(f"{data.name} is a stream, which one process reads: run eval without a launcher")
         index = range(len(data))
         return cls(numbers, Part(data, [i for n in numbers for i in index[n * batch_size : (n + 1) * batch_size]]))
+
+
+def _start(subject: Subject, variants: Sequence[str], pipes: dict[str, Connection], workers: list[Any]) -> None:
+    """A process a variant; each that was started is in the list, whenever a signal comes."""
+    context = multiprocessing.get_context("spawn")
+    resource_tracker.ensure_running()  # which lets through the signals that are held back below, the first time
+    for variant in variants:
+        pipes[variant], theirs = context.Pipe()
+        process = context.Process(target=worker, args=(theirs, subject, variant), daemon=True)
+        with held_back():
+            process.start()
+            workers.append(process)
+        theirs.close()
 
 
 def evaluate(
@@ -106,14 +124,16 @@ def evaluate(
     batch_size: int = 8,
     variants: Sequence[str] = VARIANTS,
     progress: Progress[Any] = no_progress,
+    skipped: list[str] | None = None,
 ) -> dict[str, dict[str, float]]:
     """Run every variant over `data`: {variant: {agreement, perplexity, latency_ms, ...}} with the keys that apply.
 
     Time is the median over batches of `batch_size`; memory is the peak of one such batch. Of a causal model also the time to
     the first token after a batch, without the logits of its other positions. Eager attention runs on the first
     `EAGER_BATCHES` batches at most, and where there are more it has no figures of quality. Of several processes each runs its
-    share of the batches, and all return the figures of all. A variant's process loads the model
-    itself, so this must be called under `if __name__ == "__main__":` in a script.
+    share of the batches, and all return the figures of all. A variant's process loads the model itself, so this must be called
+    under `if __name__ == "__main__":` in a script. `skipped` takes a line for each sample that cannot be read; None: the first
+    is an error.
 
     Raises:
         SbpatchError: a sample or the model cannot be read, or the model gives no finite values.
@@ -122,38 +142,40 @@ def evaluate(
         raise SbpatchError(f"no samples in '{data.name}' to evaluate on")
     there = subject.variants  # reads the plan
     variants = [name for name in variants if name in there]
+    if skipped is not None and processes.count() > 1:
+        raise SbpatchError("--skip-bad counts what one process skips: run it without a launcher")
     mine = Shared.of(data, batch_size)
-    context = multiprocessing.get_context("spawn")
-    resource_tracker.ensure_running()  # which lets through the signals that are held back below, the first time
-    pipes, workers = {}, []
-    for variant in variants if mine.numbers else ():
-        pipes[variant], theirs = context.Pipe()
-        process = context.Process(target=worker, args=(theirs, subject, variant), daemon=True)
-        with held_back():
-            process.start()
-        theirs.close()
-        workers.append(process)
+    pipes: dict[str, Connection] = {}
+    workers: list[Any] = []
+    read = batches(
+        mine.samples, batch_size, workers=worker_count(data), beside=subject.device != "cpu", skipped=skipped
+    )
     try:
-        seen = _run(pipes, subject, mine, batch_size, progress)
+        if mine.numbers:
+            _start(subject, variants, pipes, workers)
+        seen = _run(pipes, subject, progress(mine.numbers, "evaluating"), read)
         for pipe in pipes.values():
             pipe.send(None)
         for process in workers:
             process.join(timeout=1)
     finally:
+        read.close()
         for process in workers:
             process.kill()  # it holds nothing that is not ours to lose
         for process in workers:
             process.join()
-    return _figures(variants, seen, batch_size)
+    figures = _figures(variants, seen, batch_size)
+    if not figures:
+        raise SbpatchError(f"{data.name}: none of {len(data)} samples can be read, the first: {(skipped or [''])[0]}")
+    return figures
 
 
 def _run(
-    pipes: dict[str, Connection], subject: Subject, data: Shared, batch_size: int, progress: Progress[Any]
+    pipes: dict[str, Connection], subject: Subject, numbers: Iterable[int], read: Iterator[tuple[Inputs, Tensor]]
 ) -> list[Batch]:
-    """Every variant on this process's batches, each in turn; a variant that is done early leaves `pipes`."""
+    """Every variant on the batches of these numbers, each in turn; a variant that is done early leaves `pipes`."""
     seen: list[Batch] = []
-    steps = progress(data.numbers, "evaluating")
-    for number, (x, y) in zip(steps, batches(data.samples, batch_size), strict=True):
+    for number, (x, y) in zip(numbers, read, strict=False):  # fewer batches where samples are skipped
         eager_ms = sum(batch.ms for batch in seen if batch.variant == "eager")
         if "eager" in pipes and (number >= EAGER_BATCHES or eager_ms > EAGER_MS):
             pipes.pop("eager").send(None)  # its process ends and leaves its memory to the others
@@ -179,7 +201,7 @@ def _run(
 
 
 def _figures(variants: Sequence[str], seen: Sequence[Batch], batch_size: int) -> dict[str, dict[str, float]]:
-    """The batches of all processes added up in their order, as one process would have."""
+    """The batches of all processes added up in their order, as one process would have; nothing where there are none."""
     shares = processes.gathered([asdict(batch) for batch in seen])
     whole = sorted((Batch.read(one) for part in shares for one in part), key=lambda batch: batch.number)
     totals = {variant: Totals() for variant in variants}
@@ -188,7 +210,7 @@ def _figures(variants: Sequence[str], seen: Sequence[Batch], batch_size: int) ->
     for total in totals.values():
         if total.seen < totals["sdpa"].seen:
             total.scores = Scores()  # of some batches only, not to be compared
-    return {variant: total.figures(batch_size) for variant, total in totals.items()}
+    return {variant: total.figures(batch_size) for variant, total in totals.items()} if whole else {}
 
 
 def check_classes(checkpoint: Checkpoint, images: ImageSet) -> None:

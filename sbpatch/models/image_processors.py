@@ -24,18 +24,18 @@ def image_preprocessing(processor: Any) -> Preprocessing:
     """
     name = type(processor).__name__
     size, crop = _edges(processor, "do_resize", "size"), _edges(processor, "do_center_crop", "crop_size")
-    if not size or len(crop or size) != 2 or processor.resample not in INTERPOLATION:
+    resample = processor.resample if isinstance(processor.resample, int) else None
+    if not size or len(crop or size) != 2 or resample not in INTERPOLATION:
         raise SbpatchError(
             f"{name} with size {processor.size}: it does not resize to one size in a way that is known here"
         )
-    sizes = dict.fromkeys((*size, *crop))
-    for pixels in sizes:
+    for pixels in (*size, *crop):
         whole(pixels, f"{name}'s size", 1, PIXELS)
     height, width = (int(pixels) for pixels in crop or size)
     normalised = bool(processor.do_normalize)
     preprocessing = Preprocessing(
         input_size=(3, height, width),
-        interpolation=INTERPOLATION[processor.resample],
+        interpolation=INTERPOLATION[resample],
         crop_pct=_share(height, size[0]),
         mean=_three(processor.image_mean, "mean", -MOST_MEAN) if normalised else (0.0, 0.0, 0.0),
         std=_three(processor.image_std, "std", LEAST_STD) if normalised else (1.0, 1.0, 1.0),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -12,6 +12,7 @@ from rich.text import Text
 
 from .plan import Plan, SitePlan
 
+NAMED = 10  # skipped samples that a table names
 COLUMNS_EXPLAINED = (
     "entropy: mean over query rows of -sum p ln p, as a share of its largest value ln n (1: diffuse, 0: one key) · "
     "exact: keys computed exactly per query · rank: clusters or features beside them · "
@@ -139,7 +140,17 @@ def eval_table(result: Mapping[str, Any]) -> RenderableType:
         f"speed: against SDPA · peak: PyTorch's allocations for one batch{last}, weights apart · "
         "stored: by the attention of all sites for one sample, by the budget's accounting"
     )
-    return Group(table, *_text_lines(result["variants"]), Text(setting, style="dim"))
+    lines = [*_text_lines(result["variants"]), *_skipped_lines(result.get("skipped_samples"))]
+    return Group(table, *lines, Text(setting, style="dim"))
+
+
+def _skipped_lines(skipped: Sequence[str] | None) -> list[Text]:
+    """How many samples eval left out, and the first of them."""
+    if skipped is None:
+        return []
+    named = [Text(f"  {line}") for line in skipped[:NAMED]]
+    more = [Text(f"  and {len(skipped) - NAMED} more, all in --json")] if len(skipped) > NAMED else []
+    return [Text(f"skipped: {len(skipped)}"), *named, *more]
 
 
 def _text_lines(variants: Mapping[str, Mapping[str, float]]) -> list[Text]:

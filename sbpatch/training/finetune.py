@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from ..data.batch import Inputs, moved, run
-from ..data.samples import Part, Samples, batches
+from ..data.loading import batches
+from ..data.samples import Part, Samples
 from ..errors import SbpatchError, one_line
 from ..models.answers import Scores, kept
 from ..models.load import load_checkpoint

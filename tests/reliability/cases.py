@@ -76,12 +76,12 @@ def one_line_of(work: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
     return text
 
 
-def works_or_refuses(work: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+def works_or_refuses(work: Callable[..., Any], *args: Any, seconds: int = SECONDS) -> None:
     """Either is right; anything but an SbpatchError, or no end, is not."""
-    with bounded():
+    with bounded(seconds):
         said = ""
         try:
-            work(*args, **kwargs)
+            work(*args)
         except SbpatchError as error:
             said = str(error)
         assert not CONTROL.search(said)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import shutil
 from io import BytesIO
 from pathlib import Path
@@ -78,3 +79,10 @@ def place(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.delenv("IMAGENET_DIR", raising=False)
     return tmp_path / "place"
+
+
+@pytest.fixture
+def forked_variants(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The processes of eval's variants are forked from the tests, so that nothing is imported again."""
+    fork = multiprocessing.get_context("fork")
+    monkeypatch.setattr("sbpatch.evaluation.evaluate.multiprocessing.get_context", lambda kind: fork)

@@ -220,6 +220,47 @@ def test_no_result_replaces_a_file_of_the_artifact(place, capfd, verb, name):
     assert tree(Path("out")) == before
 
 
+INSPECT = ["inspect", "out", "--quiet", "--json"]
+
+
+def test_an_earlier_result_beside_the_plan_is_replaced(place, capfd):
+    before = tree(Path("out"))
+    for _ in range(2):
+        assert command(*INSPECT, "out/sites.json") == 0
+    assert command(*INSPECT, "linked.json") == 0
+    os.symlink("../linked.json", "out/link.json")
+    assert command(*INSPECT, "out/link.json") == 0
+    quick = ["--data", "images", "--methods", "clusters", "--site", "*attention1*", "--budget", "0.2"]
+    for _ in range(2):
+        assert command("bench", "out", "--quiet", "--plot", "out/times.png", *quick) == 0
+    after = tree(Path("out"))
+    assert after.keys() - before.keys() == {"sites.json", "link.json", "times.png"}
+    assert before.items() <= after.items()
+
+
+NOT_RESULTS = {
+    "other.json": '{"model": "x"}', "list.json": "[1]", "nested.json": '{"versions": [{"sbpatch": 1}]}',
+    "broken.json": '{"versions": {"sbpatch"', "deep.json": "[" * 10**5, "vocab.json": "{}", "notes.txt": "x",
+    "result": '{"versions": {"sbpatch": "0.1.0"}}', "sub/result.json": '{"versions": {"sbpatch": "0.1.0"}}',
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NOT_RESULTS)
+def test_no_other_file_of_a_directory_is_replaced(place, capfd, name):
+    Path("out", name).parent.mkdir(exist_ok=True)
+    Path("out", name).write_text(NOT_RESULTS[name])
+    assert "this run reads" in refused_line(capfd, *INSPECT, f"out/{name}")
+
+
+def test_a_result_is_not_replaced_where_it_is_read_or_no_plan_lies(place, capfd):
+    assert command(*INSPECT, "out/costs.json") == 0
+    Path("timm/costs.json").write_bytes(Path("out/costs.json").read_bytes())
+    given = ["--data", "images", "--samples", "2", "--cost-table", "out/costs.json", "--dry-run", "--quiet"]
+    assert "this run reads" in refused_line(capfd, "calibrate", "out", *given, "--json", "out/costs.json")
+    assert "this run reads" in refused_line(capfd, "inspect", "timm", "--quiet", "--json", "timm/costs.json")
+    assert "this run reads" in refused_line(capfd, *INSPECT, "out/report.png")
+
+
 @pytest.mark.parametrize("what", ["--data", "--recipe", "--json", "--checkpoint", "--cost-table"])
 def test_no_output_directory_replaces_what_is_read_in_it(place, capfd, what):
     os.rename("images", "out/images")
