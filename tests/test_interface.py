@@ -108,7 +108,7 @@ def test_sites_of_an_image_model_have_their_grid():
     ("make", "reason"),
     [
         (lambda: built(T5EncoderModel, T5Config(vocab_size=60, d_model=32, d_kv=8, num_layers=1, num_heads=4)), "bias"),
-        (lambda: built(MistralForCausalLM, MistralConfig(sliding_window=32, num_key_value_heads=2, **WIDTHS)), "mask"),
+        (lambda: built(MistralForCausalLM, MistralConfig(sliding_window=32, num_key_value_heads=2, **WIDTHS)), "local"),
         (lambda: bert("eager"), "attn_implementation='sdpa'"),
     ],
 )  # fmt: skip

@@ -78,8 +78,8 @@ def eval_command(
     subject = evaluate.Subject(model, checkpoint, loaded.answer, device.resolve(), dtype.value)
     sites = plan.sites if plan else accounting.exact_sites(loaded)
     tokens = loaded.preprocessing.tokens if isinstance(loaded.preprocessing, TextPreprocessing) else None
-    if tokens is not None:  # a causal plan may be run at another length, where it stores the same share
-        sites = [site.model_copy(update={"tokens": tokens}) for site in sites]
+    if tokens is not None:  # a causal plan may be run at another length
+        sites = accounting.at_length(sites, tokens)
     variants = evaluate.evaluate(
         subject, data, batch_size=batch_size, progress=progress_bars(quiet),
         variants=accounting.affordable(sites, tokens, batch_size, dtype.value),

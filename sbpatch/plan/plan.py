@@ -113,6 +113,7 @@ class SitePlan(Setting):
     causal: bool = False
     grid: tuple[Tokens, Tokens] | None = None
     prefix: Count = 0
+    reach: Count | None = None  # tokens that each reads, its own counted; longer sequences are read locally
     entropy: list[float] | None = None  # nats, one a head
     entropy_ratio: float | None = None  # mean over heads, divided by ln n
     logit_spread: list[float] | None = None  # standard deviation of q.k in a row, one a head
@@ -144,14 +145,19 @@ class SitePlan(Setting):
         return cls.model_validate(
             {
                 "name": site.name, "class": site.class_name, "tokens": g.tokens, "heads": g.heads, "head_dim": g.head_dim,
-                "key_heads": g.key_heads, "causal": g.causal, "grid": g.grid, "prefix": g.prefix, "decision": decision,
-                "reason": reason,
+                "key_heads": g.key_heads, "causal": g.causal, "grid": g.grid, "prefix": g.prefix, "reach": site.reach,
+                "decision": decision, "reason": reason,
             }
         )  # fmt: skip
 
     @property
     def geometry(self) -> Geometry:
         return Geometry(self.tokens, self.heads, self.head_dim, self.causal, self.grid, self.prefix, self.key_heads)
+
+    @property
+    def local(self) -> bool:
+        """Whether its tokens read their neighbours alone."""
+        return self.reach is not None and self.reach < self.tokens
 
     @property
     def entries(self) -> float:

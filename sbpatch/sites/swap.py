@@ -47,12 +47,13 @@ class PatchedSite(nn.Module):
 
     A causal site that is called with sequences of 1.5 times the length it was calibrated for, or more, runs a layer that
     reads the same share of the keys, by powers of two of the length (see `Part.longer`). Shorter ones run the layer as it is,
-    or exact attention where that reads fewer keys.
+    or exact attention where that reads fewer keys. Sequences longer than `reach`, of a site with a window, are exact: there
+    the site is local, and reads few keys.
     """
 
-    def __init__(self, name: str, layer: Layer | PerHead) -> None:
+    def __init__(self, name: str, layer: Layer | PerHead, reach: int | None = None) -> None:
         super().__init__()
-        self.name, self.layer = name, layer
+        self.name, self.layer, self.reach = name, layer, reach
         self._longer: dict[tuple[int, torch.device], Layer | PerHead] = {}
 
     def layer_for(self, keys: int, device: torch.device) -> Layer | PerHead:
@@ -90,6 +91,8 @@ class PatchedSite(nn.Module):
                 f"{f'dropout {call.dropout_p:g}' if call.dropout_p else f'{queries} queries and {keys} keys'}; leave it "
                 "exact (--exclude), or set its dropout to 0"
             )
+        if self.reach is not None and keys > self.reach:
+            return call.exact()
         layer = self.layer_for(keys, call.query.device)
         if ((keys + 1) / 2 if site.causal else keys) <= layer.stored:
             return call.exact()  # a row reads fewer keys than the layer would store for it
