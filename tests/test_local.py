@@ -34,6 +34,7 @@ import sbpatch
 from sbpatch.attention import Scatterbrain, masks
 from sbpatch.calibration.decide import first_decision
 from sbpatch.data.batch import run
+from sbpatch.evaluation.accounting import at_length
 from sbpatch.generation.cache import CompressedCache
 from sbpatch.generation.generate import cache_name, patched_layers
 from sbpatch.generation.settings import Settings
@@ -276,6 +277,16 @@ def test_an_encoder_of_8192_tokens_end_to_end(tmp_path):
     assert found["length"] == 8192
     variants = found["variants"]
     assert variants["patched"]["attention_memory_bytes"] < 0.6 * variants["eager"]["attention_memory_bytes"]
+
+
+def test_what_is_local_at_a_length_is_counted_as_exact_there():
+    own = model("qwen2")
+    found = find_sites(own, {"input_ids": IDS[:, :WINDOW]})
+    plan = planned(own, found)
+    sites = at_length(plan.sites, N)
+    assert [site.decision for site in sites] == ["patch", "patch", "exact", "exact"]
+    assert all(site.tokens == N for site in sites)
+    assert [site.decision for site in at_length(plan.sites, WINDOW)] == ["patch"] * 4
 
 
 def test_plans_keep_the_reach(tmp_path):
