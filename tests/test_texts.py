@@ -142,7 +142,7 @@ def test_long_samples_are_several_paragraphs_together() -> None:
         assert x["input_ids"].tolist() == whole[begin : begin + size]
     short = passages(Text("t", prose(20, 80)), preprocessing(size))
     assert [int(x["attention_mask"].sum()) for x, _ in short] == [size, 6 * 80]
-    assert "which make 1100 tokens together" in refused(sample_passages, text, preprocessing(size), 6, 0)
+    assert "has 5 samples of 1100 tokens in its paragraphs" in refused(sample_passages, text, preprocessing(size), 6, 0)
 
 
 def test_sampled_passages_are_different() -> None:

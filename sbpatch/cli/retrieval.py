@@ -57,14 +57,14 @@ def retrieval_figures(
     for name, (model, make_cache) in variants_of(subject, loaded.preprocessing.probe()).items():
         for tokens, some in tasks.items():
             found[tokens][name] = retrieval(model, some, make_cache=make_cache, progress=bars)
-    title = f"{dataset} in {text.name}, {plan.model if plan else loaded.name}"
+    title, model_name = f"{dataset} in {text.name}", plan.model if plan else loaded.name
     chance = retrieval_report.Chance(data.CHANCE[dataset], each * len(data.DEPTHS))
     if not quiet:
-        out.print(retrieval_report.table(found, title, chance))
-    write_plot(plot, lambda fresh: retrieval_report.plot(found, fresh, title))
+        out.print(retrieval_report.table(found, f"{title}, {model_name}", chance))
+    write_plot(plot, lambda fresh: retrieval_report.plot(found, fresh, title, model_name))
     return {
-        "model": plan.model if plan else loaded.name,
-        "dataset": f"{dataset} in {text.name}",
+        "model": model_name,
+        "dataset": title,
         "samples": sum(map(len, tasks.values())),
         **({"length": next(iter(tasks))} if len(tasks) == 1 else {"lengths": list(tasks)}),
         "chance": chance.percent,

@@ -149,9 +149,9 @@ def sample_passages(text: Text, preprocessing: TextPreprocessing, count: int, se
     """
     found = _paragraphs(text, preprocessing)
     if len(found) < count:
-        long = f", which make {preprocessing.tokens} tokens together," if preprocessing.tokens > LONG else ""
+        together = f"samples of {preprocessing.tokens} tokens in its " if preprocessing.tokens > LONG else ""
         raise SbpatchError(
-            f"{text.name} has {len(found)} paragraphs of at least {PARAGRAPH} characters{long}, {count} were asked for: "
+            f"{text.name} has {len(found)} {together}paragraphs of at least {PARAGRAPH} characters, {count} were asked for: "
             "ask for fewer"
         )
     order = torch.randperm(len(found), generator=torch.Generator().manual_seed(seed))[:count]

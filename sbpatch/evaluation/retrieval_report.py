@@ -70,7 +70,7 @@ def table(found: Found, title: str, chance: Chance) -> RenderableType:
     return Group(shown, *notes)
 
 
-def plot(found: Found, path: Path, title: str) -> None:
+def plot(found: Found, path: Path, title: str, model: str) -> None:
     """Percent found at depth x length, a panel a variant."""
     matplotlib.use("Agg", force=False)
     names, depths = list(next(iter(found.values()))), _depths(found)
@@ -87,7 +87,7 @@ def plot(found: Found, path: Path, title: str) -> None:
         panel.set(xlabel="tokens", title=name)
     panels[0].set_ylabel("depth in the context")
     figure.colorbar(image, ax=panels, label="percent found")
-    figure.suptitle(title, fontsize=11)
+    figure.suptitle(f"{title}\n{model if len(model) <= 60 else '...' + model[-57:]}", fontsize=10)
     figure.savefig(path, dpi=130, format="png")
 
 
