@@ -27,9 +27,7 @@ class Site:
     geometry: Geometry
     unsupported: str | None = None  # why it cannot be patched, or None
     by_hand: bool = False  # a softmax of the module's own, that cannot be had as a call
-    reach: int | None = (
-        None  # tokens that each reads, its own counted; longer sequences are read locally (see local.py)
-    )
+    reach: int | None = None  # tokens that each reads, its own counted: longer sequences are read locally
 
     @property
     def local(self) -> bool:
