@@ -140,10 +140,12 @@ def decoded_table(result: Mapping[str, Any]) -> RenderableType:
     setting = result["decoded"]
     rows = {name: v for name, v in result["variants"].items() if "decoded_perplexity" in v}
     exact = rows["sdpa"]
+    columns: dict[str, JustifyMethod] = dict.fromkeys(
+        ("perplexity", "ratio", "next", "continued", "tokens/s", "speed", "read"), "right"
+    )
     table = simple_table(
         f"decoding {setting['tokens']} tokens after a prompt of {setting['prompt']:,}, {setting['windows']} windows",
-        variant="left", perplexity="right", of_exact="right", next_token="right", continuation="right", tokens_s="right",
-        speed="right", cache_read="right",
+        variant="left", **columns,
     )  # fmt: skip
     for name, v in rows.items():
         read = v.get("cache_read", 1.0 if name == "sdpa" else None)
@@ -153,8 +155,9 @@ def decoded_table(result: Mapping[str, Any]) -> RenderableType:
             f"{v['tokens_per_second'] / exact['tokens_per_second']:.2f}x", "-" if read is None else f"{read:.1%}",
         )  # fmt: skip
     meaning = (
-        "perplexity: of the text, token by token on the cache · next token: percent of those steps with exact's likeliest · "
-        "continuation: percent of the same tokens at the same place, both going on greedily · cache read: a step, on average"
+        "perplexity: of the text, token by token on the cache, and its ratio to exact's · next: percent of those steps whose "
+        "likeliest next token is exact's · continued: percent of the same tokens at the same place, both going on greedily · "
+        "read: of the cache, a step, on average"
     )
     return Group(table, Text(meaning, style="dim"))
 
