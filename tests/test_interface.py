@@ -108,7 +108,7 @@ def test_sites_of_an_image_model_have_their_grid():
     ("make", "reason"),
     [
         (lambda: built(T5EncoderModel, T5Config(vocab_size=60, d_model=32, d_kv=8, num_layers=1, num_heads=4)), "bias"),
-        (lambda: built(MistralForCausalLM, MistralConfig(sliding_window=32, num_key_value_heads=2, **WIDTHS)), "mask"),
+        (lambda: built(MistralForCausalLM, MistralConfig(sliding_window=32, num_key_value_heads=2, **WIDTHS)), "local"),
         (lambda: bert("eager"), "attn_implementation='sdpa'"),
     ],
 )  # fmt: skip
@@ -147,6 +147,39 @@ def test_a_padded_batch_gives_the_unpadded_results(door, side):
     other = IDS.clone()
     other[1, mask[1] == 0] = 7
     torch.testing.assert_close(answer(model, **inputs | {"input_ids": other})[mask == 1], batch[mask == 1])
+
+
+@DOORS
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_padded_batch_of_prompts_gives_what_single_prompts_give(door, side):
+    """Causal blocks, whose tiles stand in the same place of a prompt whatever is beside it; the shortest prompt is exact."""
+    model, lengths = llama(door), [N, N - 17, N - 60, 12]
+    swap(model, layers(model, {"input_ids": IDS[:1]}))
+    ids = torch.randint(3, 60, (4, N), generator=torch.Generator().manual_seed(5))
+    kept = [slice(N - n, N) if side == "left" else slice(0, n) for n in lengths]
+    mask, positions = torch.zeros_like(ids), torch.zeros_like(ids)
+    for i, one in enumerate(kept):
+        mask[i, one], positions[i, one] = 1, torch.arange(lengths[i])
+    found = answer(model, input_ids=ids, attention_mask=mask, position_ids=positions)
+    assert found.isfinite().all()
+    plain = llama("sdpa")
+    for i, one in enumerate(kept):
+        alone = ids[i : i + 1, one]
+        torch.testing.assert_close(found[i : i + 1, one], answer(model, input_ids=alone), atol=1e-4, rtol=1e-4)
+        exact = answer(plain, input_ids=alone)
+        assert torch.allclose(found[i : i + 1, one], exact, atol=1e-4) == (lengths[i] == 12)
+
+
+@DOORS
+def test_a_padded_batch_generates_what_single_prompts_do(door):
+    model = llama(door)
+    swap(model, layers(model, {"input_ids": IDS[:1]}))
+    asked = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    mask = torch.ones_like(IDS)
+    mask[1, :43] = 0
+    found = model.generate(IDS * mask, attention_mask=mask, **asked)[:, N:]
+    for i, start in enumerate((0, 43)):
+        assert torch.equal(found[i], model.generate(IDS[i : i + 1, start:], **asked)[0, N - start :])
 
 
 @DOORS

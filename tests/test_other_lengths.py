@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import refused
 from torch import Tensor
 
 from sbpatch.attention import PARTS, Geometry, Scatterbrain
+from sbpatch.attention.masks import allowed
 from sbpatch.attention.per_head import Exact, Layer, PerHead
 from sbpatch.sites.calls import Call
 from sbpatch.sites.swap import PatchedSite
@@ -67,6 +70,41 @@ def test_a_call_of_any_length_runs_the_layer_for_it(method: str, n: int, times: 
     else:
         assert torch.equal(found, reader(given.query, given.key, given.value))
         assert not torch.equal(found, exact(given))
+
+
+@settings(max_examples=25)
+@given(st.lists(st.tuples(st.integers(0, 420), st.integers(0, 420)), min_size=2, max_size=3), st.booleans())
+@torch.inference_mode()
+def test_prompts_of_one_batch_are_computed_as_if_alone(paddings: list[tuple[int, int]], whole: bool) -> None:
+    """Left and right padding beside each other, at lengths that have layers of their own, and a sample of padding alone."""
+    n, own = 420, PatchedSite("s", layer("blocks"))
+    spans = [(0, n)] * whole + [(min(left, n), max(n - right, left)) for left, right in paddings]
+    real = torch.zeros(len(spans), n, dtype=torch.bool)
+    for row, (start, stop) in zip(real, spans, strict=True):
+        row[start:stop] = True
+    generator = torch.Generator().manual_seed(n)
+    q, k, v = (torch.randn(len(spans), heads, n, 8, generator=generator) for heads in (4, 2, 2))
+    found = own(Call(q, k, v, attn_mask=allowed(real, True, n, n), enable_gqa=True))
+    for i, (start, stop) in enumerate(spans):
+        if stop > start:
+            alone = (x[i : i + 1, :, start:stop] for x in (q, k, v))
+            torch.testing.assert_close(
+                found[i : i + 1, :, start:stop],
+                own(Call(*alone, is_causal=True, enable_gqa=True)),
+                atol=1e-5,
+                rtol=1e-4,
+            )
+        assert not found[i, :, :start].any() or real.all()
+
+
+@torch.inference_mode()
+def test_padding_within_a_prompt_is_masked() -> None:
+    """Real tokens in two stretches: no prompt alone, so the layer runs with the mask."""
+    own, given = PatchedSite("s", layer("blocks")), call(256)
+    real = torch.ones(1, 256, dtype=torch.bool)
+    real[:, 100:120] = False
+    found = own(replace(given, is_causal=False, attn_mask=allowed(real, True, 256, 256)))
+    assert torch.equal(found, own.layer(given.query, given.key, given.value, key_mask=real))
 
 
 @torch.inference_mode()

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from tiny import refused
 from tiny_text import llama, preprocessing, prose, words
 from transformers import DynamicCache
@@ -17,6 +18,7 @@ from sbpatch.cli import commands as cli
 from sbpatch.data.retrieval import DEPTHS, NAMES, Task, tasks
 from sbpatch.data.texts import Text
 from sbpatch.evaluation.retrieval import retrieval
+from sbpatch.evaluation.retrieval_report import Chance
 from sbpatch.generation.cache import CompressedCache
 from sbpatch.models.load import load_checkpoint
 from sbpatch.plan import artifact
@@ -81,3 +83,33 @@ def test_eval_shows_the_exact_cache_beside_the_compressed_one(patched: bool, tmp
     second = "patched" if patched else "compressed"
     assert set(result["variants"]) == {"sdpa", second}
     assert set(result["variants"][second]["by_depth"]) == {f"{depth:g}" for depth in DEPTHS}
+
+
+def test_eval_over_several_lengths_and_its_heat_map(tmp_path: Path) -> None:
+    llama().save_pretrained(tmp_path / "model")
+    words().save_pretrained(tmp_path / "model")
+    asked = ["eval", str(tmp_path / "model"), "--dataset", "needle", "--limit", "10", "--device", "cpu"]
+    places = [tmp_path / "out.json", tmp_path / "out.png"]
+    asked += ["--json", str(places[0]), "--plot", str(places[1])]
+    done = CliRunner().invoke(cli.app, [*asked, "--lengths", "120,200"])
+    assert done.exit_code == 0, done.output
+    assert "too near to chance" in " ".join(done.output.split())  # the model knows nothing
+    result = json.loads(places[0].read_text())
+    assert (result["lengths"], result["near_chance"], result["samples"]) == ([120, 200], [120, 200], 20)
+    for figures in result["variants"].values():
+        parts = figures["by_length"]
+        assert set(parts) == {"120", "200"}
+        assert figures["accuracy"] == sum(part["accuracy"] for part in parts.values()) / 2
+    with Image.open(places[1]) as picture:
+        assert picture.format == "PNG"
+    both = CliRunner().invoke(cli.app, [*asked, "--lengths", "120,200", "--length", "120"])
+    assert both.exit_code == 2
+    assert "--length / --lengths" in both.output
+
+
+@pytest.mark.parametrize(
+    ("percent", "tasks", "found", "near"),
+    [(0, 20, 0, True), (0, 20, 15, False), (25, 5, 60, True), (25, 20, 50, False)],
+)
+def test_what_is_not_told_from_chance(percent: float, tasks: int, found: float, near: bool) -> None:
+    assert Chance(percent, tasks).lengths({100: {"sdpa": {"accuracy": found}}}) == [100] * near

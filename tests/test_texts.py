@@ -19,7 +19,7 @@ from transformers import AutoTokenizer
 from sbpatch.data.loading import batches
 from sbpatch.data.preprocessing import TextPreprocessing
 from sbpatch.data.texts import Text, open_text
-from sbpatch.data.tokens import passages, sample_passages, sample_windows, spans, windows
+from sbpatch.data.tokens import LONG, passages, sample_passages, sample_windows, spans, windows
 
 SHARED = Path(os.environ.get("SBPATCH_SHARED", Path(__file__).parents[2] / "shared")) / "data"
 needs_shared = pytest.mark.skipif(not SHARED.exists(), reason=f"no {SHARED}: set SBPATCH_SHARED")
@@ -129,6 +129,20 @@ def test_passages_are_cut_or_padded() -> None:
         assert inputs["attention_mask"].tolist() == [1] * len(ids) + [0] * (80 - len(ids))
         assert (labels == -1).all()
     assert len(passages(text, preprocessing(80), limit=2)) == 2
+
+
+def test_long_samples_are_several_paragraphs_together() -> None:
+    """Over `LONG` tokens, each paragraph in one sample, in their order, the last sample with what is left."""
+    text, size = Text("t", prose(70, 80)), LONG + 76
+    found = passages(text, preprocessing(size))
+    assert [int(x["attention_mask"].sum()) for x, _ in found] == [size] * 5
+    whole = words()(" ".join(text.paragraphs()))["input_ids"]
+    for i, (x, _) in enumerate(found):
+        begin = i * 14 * 80  # 14 paragraphs of 80 make 1,100 and some, which are cut
+        assert x["input_ids"].tolist() == whole[begin : begin + size]
+    short = passages(Text("t", prose(20, 80)), preprocessing(size))
+    assert [int(x["attention_mask"].sum()) for x, _ in short] == [size, 6 * 80]
+    assert "has 5 samples of 1100 tokens in its paragraphs" in refused(sample_passages, text, preprocessing(size), 6, 0)
 
 
 def test_sampled_passages_are_different() -> None:

@@ -40,6 +40,8 @@ WIDTHS = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "
 VIT = WIDTHS | {"image_size": 64, "patch_size": 4}
 TEXT = WIDTHS | {"vocab_size": len(tiny_text.VOCABULARY), "max_position_embeddings": 96, "pad_token_id": 0}
 TOKENS = {"vocab_size": len(tiny_text.VOCABULARY), "pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 2}
+HYBRID = {"num_hidden_layers": 4, "num_key_value_heads": 1, "head_dim": 16, "sliding_window": 24}
+MODERNBERT = {"num_hidden_layers": 4, "local_attention": 24, "cls_token_id": 2, "sep_token_id": 2, **TOKENS}
 SMALL = {"d_model": 32, "num_layers": 2, "num_heads": 2}
 
 
@@ -121,6 +123,28 @@ FAMILIES = [
     Family("Llama", "LlamaForCausalLM", TEXT | TOKENS | {"num_key_value_heads": 1}),
     Family("Qwen2", "Qwen2ForCausalLM", TEXT | TOKENS | {"num_key_value_heads": 1}),
     Family("Qwen3", "Qwen3ForCausalLM", TEXT | TOKENS | {"num_key_value_heads": 1, "head_dim": 16}),
+    Family("Mistral", "MistralForCausalLM", TEXT | TOKENS | {"num_key_value_heads": 1, "sliding_window": 24}),
+    Family(
+        "Qwen2, sliding window",
+        "Qwen2ForCausalLM",
+        TEXT | TOKENS | HYBRID | {"use_sliding_window": True, "max_window_layers": 2},
+    ),
+    Family("Gemma 2", "Gemma2ForCausalLM", TEXT | TOKENS | HYBRID),
+    Family(
+        "Gemma 3",
+        "Gemma3ForCausalLM",
+        TEXT | TOKENS | HYBRID | {"layer_types": [*3 * ["sliding_attention"], "full_attention"]},
+    ),
+    Family("Cohere 2", "Cohere2ForCausalLM", TEXT | TOKENS | HYBRID),
+    Family("ModernBERT", "ModernBertForMaskedLM", TEXT | MODERNBERT),
+    Family(
+        "gpt-oss",
+        "GptOssForCausalLM",
+        TEXT
+        | TOKENS
+        | HYBRID
+        | {"num_local_experts": 4, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+    ),
     Family("T5", "T5ForConditionalGeneration", TOKENS | SMALL | {"d_kv": 16, "d_ff": 48}),
 ]
 
@@ -171,12 +195,13 @@ def rows(family: Family) -> list[str]:
     """What the family's checkpoint shows, one line a class of site and outcome."""
     with tempfile.TemporaryDirectory() as folder:
         family.save(Path(folder))
-        loaded = load_checkpoint(folder)
+        try:
+            loaded = load_checkpoint(folder)
+        except SbpatchError as error:
+            said = str(error).removeprefix(f"{folder}: ")
+            return [f"| {family.name} | `{family.class_name}` | | | 0 | | refused: {said} |"]
     start = f"| {family.name} | `{family.class_name}` | `{type(loaded.model).__name__}`, {loaded.answer} |"
-    try:
-        sites = find_sites(loaded.model, loaded.preprocessing.probe())
-    except SbpatchError as error:
-        return [f"{start} | 0 | | refused: {error} |"]
+    sites = find_sites(loaded.model, loaded.preprocessing.probe())
     check(loaded, [site for site in sites if not site.unsupported])
     groups: dict[tuple[str, str, bool], list[Site]] = {}
     for site in sites:

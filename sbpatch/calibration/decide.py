@@ -31,6 +31,8 @@ def first_decision(
     def of(decision: Decision, reason: str) -> SitePlan:
         return SitePlan.of(site, decision, reason)
 
+    if site.local and site.unsupported:
+        return of("exact", site.unsupported)
     if site.unsupported:
         return of("unsupported", site.unsupported)
     if include and not any(fnmatch(site.name, pattern) for pattern in include):

@@ -39,7 +39,7 @@ class Trial:
             Second moments of the queries and keys of the sites that may be patched and are not causal, (H, d, d) each.
         """
         moments: dict[str, tuple[Tensor, Tensor]] = {}
-        supported = [site for site in self.plan.sites if site.decision != "unsupported"]
+        supported = [site for site in self.plan.sites if site.decision != "unsupported" and not site.local]
         totals: dict[str, dict[str, Tensor]] = {site.name: {} for site in supported}
 
         def watcher(site: SitePlan) -> Watcher:

@@ -33,6 +33,7 @@ from .flags import (  # fmt: skip
     Source,
     check_places,
     integer,
+    lengths_of,
     number,
     open_model,
     out,
@@ -72,7 +73,7 @@ def bench_command(
 ) -> None:
     """Time and memory of one attention call against eager and SDPA, by length (the paper's Figure 6)."""
     check_places(json_file, plot, inputs=(model, source, data_dir, checkpoint))
-    wanted = None if lengths is None else _lengths(lengths)
+    wanted = None if lengths is None else lengths_of(lengths)
     names = [] if methods is None else [name.strip() for name in methods.split(",")]
     bench.check_settings(names, budget)
     where, kind = device.resolve(), getattr(torch, dtype.value)
@@ -95,13 +96,6 @@ def bench_command(
         out.print(bench_report.table(rows, title))
     write_plot(plot, lambda fresh: bench_report.plot(rows, fresh, title))
     write_json(json_file, json_text(settings | {"rows": rows}))
-
-
-def _lengths(text: str) -> list[int]:
-    try:
-        return [bounds.integer_of(part, 1, bounds.TOKENS) for part in text.split(",")]
-    except ValueError as error:
-        raise SbpatchError(f"lengths '{text}' are not positive numbers such as 1024,4096: {error}") from None
 
 
 def _refuse_without_model(*given: object) -> None:

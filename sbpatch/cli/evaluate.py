@@ -17,6 +17,7 @@ from ..plan import report
 from ..plan.patch import read_plan
 from ..plan.plan import PLAN_FILE, versions
 from ..writing import json_text
+from .decoding import check_generate, decoding_figures
 from .flags import (  # fmt: skip
     CheckpointFile,
     DataDir,
@@ -33,6 +34,7 @@ from .flags import (  # fmt: skip
     default_batch,
     evaluation_set,
     integer,
+    lengths_of,
     open_model,
     out,
     progress_bars,
@@ -51,6 +53,9 @@ def eval_command(
         int | None, integer("--limit", most=bounds.SAMPLES, help="that many samples, spread evenly")
     ] = None,
     length: Length = None,
+    lengths: Annotated[
+        str | None, typer.Option("--lengths", help="of passkey and needle: several numbers of tokens, comma-separated")
+    ] = None,
     stride: Annotated[
         int | None, integer("--stride", most=bounds.TOKENS, help="tokens newly scored a window; default: all of them")
     ] = None,
@@ -60,6 +65,13 @@ def eval_command(
     skip_bad: Annotated[
         bool, typer.Option("--skip-bad", help="count, name and leave out samples that cannot be read")
     ] = False,
+    generate: Annotated[
+        int,
+        integer("--generate", least=0, most=bounds.TOKENS, help="of text: decode so many tokens after a prompt too"),
+    ] = 0,
+    plot: Annotated[
+        Path | None, typer.Option("--plot", help="of passkey and needle: write depth x length as a PNG")
+    ] = None,
     checkpoint: CheckpointFile = None,
     device: DeviceFlag = Device.auto,
     dtype: DtypeFlag = Dtype.float32,
@@ -68,26 +80,32 @@ def eval_command(
     quiet: Quiet = False,
 ) -> None:
     """Accuracy or perplexity, agreement, time and memory of the model in eager mode, with SDPA, and patched, side by side."""
-    check_places(json_file, inputs=(model, dataset, data_dir, checkpoint))
+    if length is not None and lengths is not None:
+        raise typer.BadParameter("give one length or several, not both", param_hint="--length / --lengths")
+    _refuse_flags(dataset, {"--lengths": lengths, "--plot": plot}, {"--generate": generate, "--stride": stride})
+    check_places(json_file, plot, inputs=(model, dataset, data_dir, checkpoint))
+    several = None if lengths is None else lengths_of(lengths)
     plan = read_plan(Path(model)) if model == "sbpatch-out" or (Path(model) / PLAN_FILE).is_file() else None
     loaded = open_model(model, checkpoint, length=length, plan=plan)
+    subject = Subject(model, checkpoint, loaded.answer, device.resolve(), dtype.value)
     if dataset in RETRIEVAL:
         if processes.count() > 1:
             raise SbpatchError(f"--dataset {dataset} runs in one process: start it without the launcher")
-        result = retrieval_figures(
-            loaded, plan, model, dataset, data_dir, limit, seed, device.resolve(), dtype.value, quiet
-        )
-        write_json(json_file, json_text(result))
+        found = retrieval_figures(subject, loaded, plan, dataset, data_dir, several, limit, seed, plot, quiet)
+        write_json(json_file, json_text(found))
         return
+    if generate:
+        if processes.count() > 1:
+            raise SbpatchError("--generate runs in one process: start it without the launcher")
+        check_generate(loaded, generate)
     skipped: list[str] | None = [] if skip_bad else None
     data = evaluation_set(loaded, dataset, data_dir=data_dir, limit=limit, stride=stride, skipped=skipped)
     texts_skipped = len(skipped or [])  # are no samples of the set
     batch_size = batch_size or default_batch(loaded)
-    subject = Subject(model, checkpoint, loaded.answer, device.resolve(), dtype.value)
     sites = plan.sites if plan else accounting.exact_sites(loaded)
     tokens = loaded.preprocessing.tokens if isinstance(loaded.preprocessing, TextPreprocessing) else None
-    if tokens is not None:  # a causal plan may be run at another length, where it stores the same share
-        sites = [site.model_copy(update={"tokens": tokens}) for site in sites]
+    if tokens is not None:  # a causal plan may be run at another length
+        sites = accounting.at_length(sites, tokens)
     variants = evaluate.evaluate(
         subject, data, batch_size=batch_size, progress=progress_bars(quiet),
         variants=accounting.affordable(sites, tokens, batch_size, dtype.value), skipped=skipped,
@@ -113,6 +131,15 @@ def eval_command(
         result["length"] = tokens
     if plan and plan.input_size and tokens not in (None, *plan.input_size):
         result["calibrated_length"] = plan.input_size[0]
+    if generate:
+        decoding_figures(subject, loaded, data, generate, result, quiet)
     if not quiet:
         out.print(report.eval_table(result))
     write_json(json_file, json_text(result))
+
+
+def _refuse_flags(dataset: str, of_tasks: dict[str, object], of_text: dict[str, object]) -> None:
+    """Refuse flags that are for the retrieval tasks with another data set, and the other way round."""
+    wrong, kind = (of_text, "text") if dataset in RETRIEVAL else (of_tasks, " and ".join(RETRIEVAL))
+    if given := [flag for flag, value in wrong.items() if value]:
+        raise SbpatchError(f"{', '.join(given)} with --dataset {dataset}: for {kind} alone, leave it out")

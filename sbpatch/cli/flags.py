@@ -108,6 +108,18 @@ def progress_bars(quiet: bool) -> Callable[[Sequence[Any], str], Iterable[Any]]:
     return progress
 
 
+def lengths_of(text: str) -> list[int]:
+    """Numbers of tokens, comma-separated.
+
+    Raises:
+        SbpatchError: they are something else.
+    """
+    try:
+        return [bounds.integer_of(part, 1, bounds.TOKENS) for part in text.split(",")]
+    except ValueError as error:
+        raise SbpatchError(f"lengths '{text}' are not positive numbers such as 1024,4096: {error}") from None
+
+
 # -- what a command runs on ------------------------------------------------------------------------------------------
 
 

@@ -2,88 +2,75 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-import torch
-from rich.console import JustifyMethod
-from rich.table import Table
 
 from ..data import retrieval as data
 from ..data.preprocessing import TextPreprocessing
 from ..data.texts import open_text
-from ..errors import SbpatchError
+from ..evaluation import Subject, retrieval_report
 from ..measure import device_name
 from ..models.checkpoint import Checkpoint
-from ..plan.patch import patch
 from ..plan.plan import Plan, versions
-from ..plan.report import simple_table
-from .flags import out, progress_bars
+from ..study.bench_model import at_length
+from .decoding import check_decodes
+from .flags import out, progress_bars, write_plot
 
 EACH = 4  # tasks a depth
 
 
 def retrieval_figures(
+    subject: Subject,
     loaded: Checkpoint,
     plan: Plan | None,
-    name: str,
     dataset: str,
     data_dir: Path | None,
+    lengths: Sequence[int] | None,
     limit: int | None,
     seed: int,
-    device: str,
-    dtype: str,
+    plot: Path | None,
     quiet: bool,
 ) -> dict[str, Any]:
-    """The figures of `evaluation.retrieval` for the exact model, and for the patched one with its compressed cache.
+    """The figures of `evaluation.retrieval` at each length, for the variants of `evaluation.decoding`.
 
-    A model without a plan keeps its exact prompt, and the second variant, "compressed", is that with the cache compressed.
+    Of one length, a variant's figures are those of that length; of several, its accuracy over all tasks, and `by_length`.
 
     Raises:
-        SbpatchError: the model is no causal language model, or the text too short for its length.
+        SbpatchError: the model is no causal language model, or has no positions for a length, or the text is too short for it.
     """
-    if loaded.answer != "next-token" or loaded.family != "transformers":
-        raise SbpatchError(f"{dataset} is for causal language models of transformers, and {loaded.name} is none")
-    from transformers import DynamicCache  # slow to import, and only this needs it
-
+    check_decodes(loaded, f"--dataset {dataset}")
+    from ..evaluation.decoding import variants_of  # transformers is slow to import, and there by now
     from ..evaluation.retrieval import retrieval
-    from ..generation.cache import CompressedCache
-    from ..generation.generate import patched_layers
 
     assert isinstance(loaded.preprocessing, TextPreprocessing)
     text = open_text("wikitext-2" if data_dir else "python-docs", data_dir=data_dir)
     each = EACH if limit is None else max(1, limit // len(data.DEPTHS))
-    tasks = data.tasks(dataset, text, loaded.preprocessing, each=each, seed=seed)
-    model: Any = loaded.model.to(device, getattr(torch, dtype))
+    tasks = {}
+    for tokens in lengths or [loaded.preprocessing.tokens]:
+        preprocessing = at_length(loaded, tokens).preprocessing
+        assert isinstance(preprocessing, TextPreprocessing)
+        tasks[tokens] = data.tasks(dataset, text, preprocessing, each=each, seed=seed)
     bars = progress_bars(quiet)
-    variants = {"sdpa": retrieval(model, tasks, make_cache=lambda: DynamicCache(config=model.config), progress=bars)}
-    if plan is not None:
-        patch(model, plan)
-    layers = patched_layers(model) if plan else None
-    variants["patched" if plan else "compressed"] = retrieval(
-        model, tasks, make_cache=lambda: CompressedCache(model.config, chosen=layers), progress=bars
-    )
+    found: dict[int, dict[str, dict[str, Any]]] = {tokens: {} for tokens in tasks}
+    for name, (model, make_cache) in variants_of(subject, loaded.preprocessing.probe()).items():
+        for tokens, some in tasks.items():
+            found[tokens][name] = retrieval(model, some, make_cache=make_cache, progress=bars)
+    title, model_name = f"{dataset} in {text.name}", plan.model if plan else loaded.name
+    chance = retrieval_report.Chance(data.CHANCE[dataset], each * len(data.DEPTHS))
     if not quiet:
-        out.print(_table(dataset, loaded.preprocessing.tokens, variants))
+        out.print(retrieval_report.table(found, f"{title}, {model_name}", chance))
+    write_plot(plot, lambda fresh: retrieval_report.plot(found, fresh, title, model_name))
     return {
-        "model": plan.model if plan else loaded.name,
-        "dataset": f"{dataset} in {text.name}",
-        "samples": len(tasks),
-        "length": loaded.preprocessing.tokens,
+        "model": model_name,
+        "dataset": title,
+        "samples": sum(map(len, tasks.values())),
+        **({"length": next(iter(tasks))} if len(tasks) == 1 else {"lengths": list(tasks)}),
+        "chance": chance.percent,
+        "near_chance": chance.lengths(found),
         "seed": seed,
-        "device": device_name(device),
-        "dtype": dtype,
+        "device": device_name(subject.device),
+        "dtype": subject.dtype,
         "versions": versions(),
-        "variants": variants,
+        "variants": retrieval_report.by_variant(found),
     }
-
-
-def _table(dataset: str, tokens: int, variants: dict[str, dict[str, Any]]) -> Table:
-    depths = list(next(iter(variants.values()))["by_depth"])
-    columns: dict[str, JustifyMethod] = dict.fromkeys((*depths, "all", "cache_read", "tokens/s"), "right")
-    table = simple_table(f"{dataset}, {tokens:,} tokens: percent found, by depth", variant="left", **columns)
-    for name, figures in variants.items():
-        found = [f"{figures['by_depth'][depth]:.0f}" for depth in depths]
-        read = f"{figures['cache_read']:.1%}" if "cache_read" in figures else "100.0%" if name == "sdpa" else "-"
-        table.add_row(name, *found, f"{figures['accuracy']:.1f}", read, f"{figures['tokens_per_second']:.1f}")
-    return table

@@ -20,6 +20,7 @@ WORDS = (
     "mirror", "orange", "pencil", "river", "silver", "table", "window",
 )  # fmt: skip
 OTHERS = 3  # facts of the same form about other people, at other places, in a needle task
+CHANCE = {"passkey": 0.0, "needle": 100 / (OTHERS + 1)}  # percent that guessing finds: one of the words in the context
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,8 @@ from .preprocessing import TextPreprocessing
 from .samples import strided
 from .texts import PARAGRAPH, Text
 
+LONG = 1024  # tokens: longer samples are made of several paragraphs, as hardly any is so long by itself
+
 
 class TextSet(Dataset[tuple[dict[str, Tensor], Tensor]]):
     """Samples of n tokens: `input_ids` and `attention_mask` (0: padding), (n,) int64 both, and labels (n,) int64.
@@ -128,25 +130,28 @@ def sample_windows(text: Text, preprocessing: TextPreprocessing, count: int, see
 def passages(text: Text, preprocessing: TextPreprocessing, *, limit: int | None = None) -> TextSet:
     """The paragraphs of a text, cut or padded to the model's length; `limit` of them spread evenly.
 
+    Where that is over `LONG` tokens, as many paragraphs as it takes, one after the other, are one sample.
+
     Raises:
         SbpatchError: the text has no paragraph of 200 characters.
     """
-    found = text.paragraphs()
+    found = _paragraphs(text, preprocessing)
     if not found:
         raise SbpatchError(f"{text.name} has no paragraph of at least {PARAGRAPH} characters")
     return _passages(text, strided(found, limit or len(found)), preprocessing)
 
 
 def sample_passages(text: Text, preprocessing: TextPreprocessing, count: int, seed: int) -> TextSet:
-    """`count` different paragraphs of a text, drawn at random.
+    """`count` different paragraphs of a text, or samples of several (see `passages`), drawn at random.
 
     Raises:
         SbpatchError: the text has fewer.
     """
-    found = text.paragraphs()
+    found = _paragraphs(text, preprocessing)
     if len(found) < count:
+        together = f"samples of {preprocessing.tokens} tokens in its " if preprocessing.tokens > LONG else ""
         raise SbpatchError(
-            f"{text.name} has {len(found)} paragraphs of at least {PARAGRAPH} characters, {count} were asked for: "
+            f"{text.name} has {len(found)} {together}paragraphs of at least {PARAGRAPH} characters, {count} were asked for: "
             "ask for fewer"
         )
     order = torch.randperm(len(found), generator=torch.Generator().manual_seed(seed))[:count]
@@ -167,6 +172,23 @@ def _tokens(text: Text, preprocessing: TextPreprocessing) -> tuple[Tensor, Tenso
             f"{text.name} has {len(tokens)} tokens, too few for a window of {preprocessing.tokens}: see --length"
         )
     return tokens, prefix, size
+
+
+def _paragraphs(text: Text, preprocessing: TextPreprocessing) -> list[str]:
+    """The paragraphs of a text, put together to samples of at least the model's length where that is over `LONG`."""
+    found = text.paragraphs()
+    if preprocessing.tokens <= LONG or not found:
+        return found
+    samples: list[str] = []
+    part: list[str] = []
+    size = 0
+    counted = preprocessing.tokenizer(found, add_special_tokens=False, verbose=False)["input_ids"]
+    for paragraph, tokens in zip(found, counted, strict=True):
+        part, size = [*part, paragraph], size + len(tokens)
+        if size >= preprocessing.tokens:
+            samples.append("\n\n".join(part))
+            part, size = [], 0
+    return [*samples, "\n\n".join(part)] if part else samples
 
 
 def _passages(text: Text, paragraphs: Sequence[str], preprocessing: TextPreprocessing) -> TextSet:

@@ -32,6 +32,12 @@ def exact_sites(checkpoint: Checkpoint) -> list[SitePlan]:
     return [SitePlan.of(site, "exact", "not patched") for site in found]
 
 
+def at_length(sites: Sequence[SitePlan], tokens: int) -> list[SitePlan]:
+    """The sites at another length, where causal ones store the same share, and those that are local there are exact."""
+    found = [site.model_copy(update={"tokens": tokens}) for site in sites]
+    return [site.model_copy(update={"decision": "exact"}) if site.local else site for site in found]
+
+
 def attention_memory_bytes(sites: Sequence[SitePlan], variant: str, subject: Subject) -> int:
     """Bytes that the attention of all sites stores for one sample, by the budget's accounting.
 

@@ -27,7 +27,8 @@ def patch(model: nn.Module, plan: Plan) -> nn.Module:
         SbpatchError: the plan was made for another model, or the model is patched already.
     """
     first = next(chain(model.parameters(), model.buffers()))  # every model has a tensor
-    layers = {name: PatchedSite(name, layer).to(first.device) for name, layer in plan.layers().items()}
+    reach = {site.name: site.reach for site in plan.patched}
+    layers = {name: PatchedSite(name, layer, reach[name]).to(first.device) for name, layer in plan.layers().items()}
     swap(model, layers)
     return model
 

@@ -115,6 +115,7 @@ class SitePlan(Setting):
     causal: bool = False
     grid: tuple[Tokens, Tokens] | None = None
     prefix: Count = 0
+    reach: Count | None = None  # tokens that each reads, its own counted; longer sequences are read locally
     entropy: list[float] | None = None  # nats, one a head
     entropy_ratio: float | None = None  # mean over heads, divided by ln n
     logit_spread: list[float] | None = None  # standard deviation of q.k in a row, one a head
@@ -147,7 +148,8 @@ class SitePlan(Setting):
             {
                 "name": site.name, "class": site.class_name, "tokens": g.tokens, "heads": g.heads, "head_dim": g.head_dim,
                 "key_heads": g.key_heads, "queries": g.queries or None, "value_dim": g.value_dim or None,
-                "causal": g.causal, "grid": g.grid, "prefix": g.prefix, "decision": decision, "reason": reason,
+                "causal": g.causal, "grid": g.grid, "prefix": g.prefix, "reach": site.reach,
+                "decision": decision, "reason": reason,
             }
         )  # fmt: skip
 
@@ -157,6 +159,11 @@ class SitePlan(Setting):
             self.tokens, self.heads, self.head_dim, self.causal, self.grid, self.prefix, self.key_heads,
             self.queries or 0, self.value_dim or 0,
         )  # fmt: skip
+
+    @property
+    def local(self) -> bool:
+        """Whether its tokens read their neighbours alone."""
+        return self.reach is not None and self.reach < self.tokens
 
     @property
     def entries(self) -> float:

@@ -115,12 +115,13 @@ PERPLEXITIES = {
 
 def eval_table(result: Mapping[str, Any]) -> RenderableType:
     """Eager, SDPA and patched side by side, time and memory also as ratios to SDPA; quality in the columns that apply."""
-    base = result["variants"]["sdpa"]
+    variants = {name: v for name, v in result["variants"].items() if "latency_ms" in v}  # others were decoded alone
+    base = variants["sdpa"]
     quality = {key: column for key, column in QUALITY.items() if key in base}
     columns: dict[str, JustifyMethod] = {"variant": "left", **{name: "right" for name, _, _ in quality.values()}}
     columns |= dict.fromkeys(("ms", "speed", "peak", "of_SDPA", "stored"), "right")
     table = simple_table(f"{result['model']} on {result['dataset']}", **columns)
-    for variant, v in result["variants"].items():
+    for variant, v in variants.items():
         table.add_row(
             variant, *(number(v.get(key), form) or "-" for key, (_, form, _) in quality.items()),
             f"{v['latency_ms']:.1f}", f"{base['latency_ms'] / v['latency_ms']:.2f}x",
@@ -132,7 +133,7 @@ def eval_table(result: Mapping[str, Any]) -> RenderableType:
     if "calibrated_length" in result:
         size += f" (calibrated at {result['calibrated_length']}, the same share of the keys read)"
     last = " and its last position's logits" if "perplexity" in quality else ""
-    if any(key not in v for v in result["variants"].values() for key in quality):
+    if any(key not in v for v in variants.values() for key in quality):
         meanings += " · -: eager runs on the first batches alone, for its time and memory"
     setting = (
         f"{result['samples']} samples{size} in batches of {result['batch_size']}; {result['device']}, {result['dtype']}, "
@@ -140,8 +141,9 @@ def eval_table(result: Mapping[str, Any]) -> RenderableType:
         f"speed: against SDPA · peak: PyTorch's allocations for one batch{last}, weights apart · "
         "stored: by the attention of all sites for one sample, by the budget's accounting"
     )
-    lines = [*_text_lines(result["variants"]), *_skipped_lines(result.get("skipped_samples"))]
-    return Group(table, *lines, Text(setting, style="dim"))
+    decoded = [decoded_table(result)] if "decoded" in result else []
+    lines = [*_text_lines(variants), *_skipped_lines(result.get("skipped_samples"))]
+    return Group(table, *lines, *decoded, Text(setting, style="dim"))
 
 
 def _skipped_lines(skipped: Sequence[str] | None) -> list[Text]:
@@ -151,6 +153,33 @@ def _skipped_lines(skipped: Sequence[str] | None) -> list[Text]:
     named = [Text(f"  {line}") for line in skipped[:NAMED]]
     more = [Text(f"  and {len(skipped) - NAMED} more, all in --json")] if len(skipped) > NAMED else []
     return [Text(f"skipped: {len(skipped)}"), *named, *more]
+
+
+def decoded_table(result: Mapping[str, Any]) -> RenderableType:
+    """Of eval with --generate: text decoded token by token, exact and with a compressed cache side by side."""
+    setting = result["decoded"]
+    rows = {name: v for name, v in result["variants"].items() if "decoded_perplexity" in v}
+    exact = rows["sdpa"]
+    columns: dict[str, JustifyMethod] = dict.fromkeys(
+        ("perplexity", "ratio", "next", "continued", "tokens/s", "speed", "read"), "right"
+    )
+    table = simple_table(
+        f"decoding {setting['tokens']} tokens after a prompt of {setting['prompt']:,}, {setting['windows']} windows",
+        variant="left", **columns,
+    )  # fmt: skip
+    for name, v in rows.items():
+        read = v.get("cache_read", 1.0 if name == "sdpa" else None)
+        table.add_row(
+            name, f"{v['decoded_perplexity']:.3f}", f"{v['decoded_perplexity'] / exact['decoded_perplexity']:.4f}x",
+            f"{v['decoded_agreement']:.1f}", f"{v['continuation_agreement']:.1f}", f"{v['tokens_per_second']:.1f}",
+            f"{v['tokens_per_second'] / exact['tokens_per_second']:.2f}x", "-" if read is None else f"{read:.1%}",
+        )  # fmt: skip
+    meaning = (
+        "perplexity: of the text, token by token on the cache, and its ratio to exact's · next: percent of those steps whose "
+        "likeliest next token is exact's · continued: percent of the same tokens at the same place, both going on greedily · "
+        "read: of the cache, a step, on average"
+    )
+    return Group(table, Text(meaning, style="dim"))
 
 
 def _text_lines(variants: Mapping[str, Mapping[str, float]]) -> list[Text]:

@@ -70,6 +70,14 @@ class Call:
                 return causal
         return None
 
+    def reach(self) -> int | None:
+        """How far its mask lets tokens read, where that makes it local attention (see `masks.reach`); else None."""
+        return None if self.attn_mask is None or self.causality() is not None else masks.reach(self.attn_mask)
+
+    def looks_back(self) -> bool:
+        """Whether no token of a call with a local mask reads a later one; rows of padding, open to all keys, apart."""
+        return self.attn_mask is not None and masks.looks_back(self.attn_mask)
+
     def plain(self, causal: bool) -> Call:
         """The same call without a mask of pairs: what it says is in `key_mask` and `is_causal`.
 

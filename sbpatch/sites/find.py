@@ -27,6 +27,12 @@ class Site:
     geometry: Geometry
     unsupported: str | None = None  # why it cannot be patched, or None
     by_hand: bool = False  # a softmax of the module's own, that cannot be had as a call
+    reach: int | None = None  # tokens that each reads, its own counted: longer sequences are read locally
+
+    @property
+    def local(self) -> bool:
+        """Whether its tokens read their neighbours alone, at the length of the probe."""
+        return self.reach is not None and self.reach < self.geometry.tokens
 
 
 def find_sites(model: nn.Module, example: Inputs) -> list[Site]:
@@ -72,7 +78,7 @@ def _site(name: str, module: nn.Module, calls: list[Found], image: tuple[int, ..
         first.tokens, first.heads, first.head_dim, first.causal, grid, prefix, 0 if reason else first.key_heads,
         first.queries, first.value_dim,
     )  # fmt: skip
-    return Site(name, type(module).__name__, geometry, reason, first.by_hand)
+    return Site(name, type(module).__name__, geometry, reason, first.by_hand, first.reach)
 
 
 def _grid(tokens: int, height: int, width: int) -> tuple[tuple[int, int] | None, int]:

@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from ..data.batch import Inputs, count, run
 from . import products
 from .calls import MULTI_HEAD, SDPA, Call, Redirect, multi_head_reason
+from .local import declared_reach, reason
 from .products import SOFTMAXES, Product
 
+DENSE = "a dense attention mask or bias"
 PRODUCTS = products.PRODUCTS | {torch.baddbmm, torch.einsum}
 
 
@@ -29,6 +31,7 @@ class Found:
     key_heads: int = 0  # where fewer than heads
     queries: int = 0  # where not as many as keys
     value_dim: int = 0  # where not head_dim
+    reach: int | None = None  # tokens that each reads, its own counted, where not all the way (see local.py)
 
 
 class Probe(Redirect):
@@ -95,14 +98,21 @@ class Probe(Redirect):
 
     def _note(self, call: Call) -> Tensor:
         q, k, v = call.query, call.key, call.value
-        reason, causal = _unsupported(call), call.causality()
+        unsupported, causal = _unsupported(call), call.causality()
+        reach = declared_reach(self.running[-1])
+        if unsupported == DENSE and q.shape[-2] == k.shape[-2] and (seen := call.reach()) is not None:
+            reach, causal = seen, call.looks_back()
+            unsupported = reason(seen, k.shape[-2], causal)
+        elif reach is not None and reach < k.shape[-2]:
+            reach = None  # what it says is not so
         heads = q.shape[-3] if q.ndim > 2 else 1
         key_heads = k.shape[-3] if k.ndim > 2 and k.shape[-3] != heads else 0
         queries = 0 if q.shape[-2] == k.shape[-2] else q.shape[-2]
         width = 0 if v.shape[-1] == q.shape[-1] else v.shape[-1]
         found = Found(
-            k.shape[-2], heads, q.shape[-1], bool(causal), reason, key_heads=key_heads, queries=queries, value_dim=width
-        )
+            k.shape[-2], heads, q.shape[-1], bool(causal), unsupported,
+            key_heads=key_heads, queries=queries, value_dim=width, reach=reach,
+        )  # fmt: skip
         self._add(self.running[-1], found)
         return call.exact()
 
@@ -111,18 +121,18 @@ class Probe(Redirect):
         width = self.products.get(module, {}).get(x.numel())
         if width is None or x.ndim < 3 or dim not in (-1, x.ndim - 1):
             return
-        reason = f"a softmax of its own over {x.shape[-2]} x {x.shape[-1]} products, not seen to be softmax(Q K^T) V"
+        said = f"a softmax of its own over {x.shape[-2]} x {x.shape[-1]} products, not seen to be softmax(Q K^T) V"
         if getattr(getattr(module, "config", None), "_attn_implementation", None) == "eager":
-            reason += "; load the model with attn_implementation='sdpa'"
+            said += "; load the model with attn_implementation='sdpa'"
         heads = x.shape[-3] if x.ndim > 3 else 1
         queries = 0 if x.shape[-2] == x.shape[-1] else x.shape[-2]
-        self._add(module, Found(x.shape[-1], heads, width, unsupported=reason, by_hand=True, queries=queries))
+        self._add(module, Found(x.shape[-1], heads, width, unsupported=said, by_hand=True, queries=queries))
 
     def _note_multi_head(self, query: Tensor, key: Tensor, *args: Any, **options: Any) -> None:
         width, heads, _, _, bias_k, _, zero = args[1:8]
         weights = options.get("need_weights", True)
-        if reason := multi_head_reason(query, options.get("static_k"), bias_k, zero, weights):
-            found = Found(key.shape[0], heads, width // heads, unsupported=reason, by_hand=True)
+        if said := multi_head_reason(query, options.get("static_k"), bias_k, zero, weights):
+            found = Found(key.shape[0], heads, width // heads, unsupported=said, by_hand=True)
             self._add(self.running[-1], found)
 
     # -- modules whose softmax is plain attention after all --------------------------------------------------------
@@ -173,7 +183,7 @@ def _unsupported(call: Call) -> str | None:
         return f"{k.shape[1]} key heads for {q.shape[1]} query heads"
     causal = call.causality()
     if causal is None:
-        return "a dense attention mask or bias"
+        return DENSE
     queries, keys = q.shape[-2], k.shape[-2]
     if queries == 1 != keys:
         return f"1 query against {keys} keys, which it reads at less cost than any choice among them would have"

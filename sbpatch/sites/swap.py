@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -48,12 +49,13 @@ class PatchedSite(nn.Module):
 
     A causal site that is called with sequences of 1.5 times the length it was calibrated for, or more, runs a layer that
     reads the same share of the keys, by powers of two of the length (see `Part.longer`). Shorter ones run the layer as it is,
-    or exact attention where that reads fewer keys.
+    or exact attention where that reads fewer keys. Sequences longer than `reach`, of a site with a window, are exact: there
+    the site is local, and reads few keys.
     """
 
-    def __init__(self, name: str, layer: Layer | PerHead) -> None:
+    def __init__(self, name: str, layer: Layer | PerHead, reach: int | None = None) -> None:
         super().__init__()
-        self.name, self.layer = name, layer
+        self.name, self.layer, self.reach = name, layer, reach
         self._longer: dict[tuple[int, torch.device], Layer | PerHead] = {}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PatchedSite:
@@ -95,6 +97,8 @@ class PatchedSite(nn.Module):
                 f"{f'dropout {call.dropout_p:g}' if call.dropout_p else f'{queries} queries and {keys} keys'}; leave it "
                 "exact (--exclude), or set its dropout to 0"
             )
+        if self.reach is not None and keys > self.reach:
+            return call.exact()
         layer = self.layer_for(keys, call.query.device)
         if min(queries, (keys + 1) / 2 if site.causal else keys) <= layer.stored:
             return (
@@ -104,6 +108,8 @@ class PatchedSite(nn.Module):
             call = call.plain(site.causal)
         except SbpatchError as error:
             raise SbpatchError(f"site '{self.name}': {error}; leave it exact (--exclude)") from error
+        if site.causal and call.key_mask is not None and (groups := _alike(call.key_mask)):
+            return self._apart(call, groups)
         device = call.query.device.type
         q, k, v = call.query, call.key, call.value
         if not torch.is_autocast_enabled(device):
@@ -111,6 +117,38 @@ class PatchedSite(nn.Module):
         kind = torch.get_autocast_dtype(device)  # inputs as autocast gives them to PyTorch's attention, sums in float32
         with torch.autocast(device, enabled=False):
             return layer(q.to(kind), k.to(kind), v.to(kind), key_mask=call.key_mask, scale=call.scale)
+
+    def _apart(self, call: Call, groups: Mapping[tuple[int, int], list[int]]) -> Tensor:
+        """Prompts of unequal length, each as if it stood alone: its tiles begin where it begins, and a short one is exact.
+
+        `groups` has the samples whose tokens are those from the first to the second number. Padding gets zeros.
+        """
+        out: Tensor | None = None
+        for (start, stop), rows in groups.items():
+            q, k, v = (x[rows, :, start:stop] for x in (call.query, call.key, call.value))
+            alone = replace(call, query=q, key=k, value=v, is_causal=True, key_mask=None)
+            found = self(alone)
+            if out is None:
+                out = found.new_zeros(*call.query.shape[:-1], found.shape[-1])
+            out[rows, :, start:stop] = found
+        assert out is not None
+        return out
+
+
+def _alike(key_mask: Tensor) -> dict[tuple[int, int], list[int]]:
+    """Samples by where their real tokens begin and end; none where some are not one stretch, or values may not be asked."""
+    if torch.compiler.is_compiling() or (key_mask.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return {}
+    ones = key_mask.to(torch.uint8)
+    start, stop = ones.argmax(-1), ones.shape[-1] - ones.flip(-1).argmax(-1)
+    count = ones.sum(-1)
+    groups: dict[tuple[int, int], list[int]] = {}
+    for row, (first, end, tokens) in enumerate(torch.stack((start, stop, count), dim=1).tolist()):
+        if tokens not in (0, end - first):
+            return {}
+        if tokens:
+            groups.setdefault((first, end), []).append(row)
+    return groups
 
 
 def _one_row(call: Call) -> bool:
