@@ -28,7 +28,9 @@ class Format(StrEnum):
     safetensors = "safetensors"
 
 
-TOLERANCE = {"float32": 1e-4, "float16": 1e-2}  # of the largest absolute answer; above it the file is refused
+# Of the largest absolute answer; above it the file is refused. Most differ by a tenth of it: the rest is for a landmark that is
+# chosen, or a row that goes over clusters, by the last bit of a sum.
+TOLERANCE = {"float32": 1e-3, "float16": 1e-2}
 # What the exporters and the runtimes raise for a model that they cannot take.
 EXPORT_ERRORS = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError, NotImplementedError)
 RUNS = 7  # of each file, in turns; the median counts
