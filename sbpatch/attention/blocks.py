@@ -20,6 +20,7 @@ from torch import Tensor
 from ..errors import SbpatchError
 from . import kernels
 from .core import Expansion, Selection, repeated
+from .patterns import wider
 from .registry import Geometry, Joined, register
 
 FIRST = 4
@@ -103,21 +104,20 @@ class Blocks(Joined):
             block = size["tile"] // part
             fixed = cls(site, 0, near=0, block=block, blocks=0, **size)
             whole = int((stored - fixed.nnz - fixed.stored) / (block - 1))  # one read exactly is one point less
+            beside = round(near * whole)
             if whole > 0:
-                found.append(
-                    size | {"near": round(near * whole) * block, "block": block, "blocks": whole - round(near * whole)}
-                )
+                found.append(size | {"near": beside * block, "block": block, "blocks": whole - beside})
         return found
 
     def longer(self, times: int) -> dict[str, int]:
         """As many times the keys near and in blocks. Tiles and blocks grow with the root of the length alone, as `_best_tile`
         does, and what a tile then reads less of itself and of the first tokens it reads near it.
         """
-        wider = 2 ** ((times.bit_length() - 1) // 2)
-        block = self.block * wider
-        less = self.tile * (times - wider) // 2 + self.first * (times - 1)
+        grown = wider(times)
+        block = self.block * grown
+        less = self.tile * (times - grown) // 2 + self.first * (times - 1)
         near = self.before * times + math.ceil(less / block) * block
-        return {"near": near, "block": block, "blocks": self.blocks * times // wider, "tile": self.tile * wider}
+        return {"near": near, "block": block, "blocks": self.blocks * times // grown, "tile": self.tile * grown}
 
     @classmethod
     def tried(cls, site: Geometry, entropy_ratio: float) -> str | None:

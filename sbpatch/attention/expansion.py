@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .core import Expansion, Tiles
-from .patterns import blocks as consecutive
+from .patterns import lists_of_past
 
 AHEAD = 16  # tiles whose points are computed together
 LEAST = -200.0  # ln p below which a key adds nothing to the entropy, not even its gradient
@@ -22,17 +22,8 @@ LEAST = -200.0  # ln p below which a key adds nothing to the entropy, not even i
 
 def listed(low: Expansion, n: int) -> Tiles:
     """Lists of keys: the tile itself, near keys, first tokens, and the blocks `exact`."""
-    device, (count, block) = low.exact.device, low.key.shape[2:4]
-    query, place = consecutive(low.exact.shape[2], low.tile, n, device)
-    start = query[:, :1]  # (T, 1)
-    own = start + torch.arange(low.tile, device=device)
-    near = start + torch.arange(-min(low.near, n), 0, device=device)
-    first = torch.arange(min(low.first, n), device=device).expand(len(start), -1)
-    chosen = (low.exact[..., None] * block + torch.arange(block, device=device)).flatten(-2)  # (B, H, T, p c)
-    taken = (low.exact < count).repeat_interleave(block, -1) & (chosen >= first.shape[-1])  # a first token counts once
-    every, valid = [own, near, first, chosen], [own < n, near >= 0, first < start - low.near, taken]
-    key, keep = (torch.cat([x.expand(*low.exact.shape[:2], -1, -1) for x in xs], dim=-1) for xs in (every, valid))
-    return Tiles(query, key.clamp(0, n - 1), keep[..., None, :], place, diagonal=True)
+    count, block = low.key.shape[2:4]
+    return lists_of_past(low.tile, low.near, low.first, low.exact, count, block, n)
 
 
 def points_by_run(low: Expansion, runs: Sequence[tuple[slice, int]]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:

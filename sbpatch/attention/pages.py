@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..errors import SbpatchError
 from .core import Tiles
-from .patterns import blocks
+from .patterns import lists_of_past, wider
 from .registry import Geometry, Sparse, register
 
 
@@ -74,8 +74,7 @@ class Pages(Sparse):
         return {"window": window, "pages": pages, "first": 4, "tile": tile}
 
     def longer(self, times: int) -> dict[str, int]:
-        wider = 2 ** ((times.bit_length() - 1) // 2)  # tiles grow with the root of the length, as `sized` has them
-        return {"window": self.window * times, "pages": self.pages * times, "tile": self.tile * wider}
+        return {"window": self.window * times, "pages": self.pages * times, "tile": self.tile * wider(times)}
 
     def _best(self, q: Tensor, k: Tensor, key_mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """The best pages of each run of queries, and whether they may be read: twice (B, H, G, p)."""
@@ -89,18 +88,11 @@ class Pages(Sparse):
         return index, best > -torch.inf
 
     def select(self, q: Tensor, k: Tensor, key_mask: Tensor | None, scale: float) -> list[Tiles]:
-        n, device = q.shape[-2], q.device
-        query, slot = blocks(-(-n // self.tile), self.tile, n, device)
-        start = query[:, :1]  # (G, 1)
-        own = start + torch.arange(self.tile, device=device)
-        near = start + torch.arange(1 - self.window, 0, device=device)
-        head = torch.arange(min(self.first, n), device=device).expand(len(query), -1)
+        n = q.shape[-2]
         index, good = self._best(q.detach().float(), k.detach().float(), key_mask)
-        far = (index[..., None] * self.PAGE + torch.arange(self.PAGE, device=device)).flatten(-2)  # (B, H, G, p * PAGE)
-        lists = [own, near, head, far]
-        valid = [own < n, near >= 0, head <= start - self.window, good.repeat_interleave(self.PAGE, -1)]
-        key, keep = (torch.cat([x.expand(*far.shape[:2], -1, -1) for x in xs], dim=-1) for xs in (lists, valid))
-        return [Tiles(query, key.clamp(0, n - 1), keep[..., None, :], slot, diagonal=True)]
+        count = -(-n // self.PAGE)
+        chosen = index.masked_fill(~good, count)
+        return [lists_of_past(self.tile, self.window - 1, self.first, chosen, count, self.PAGE, n)]
 
     def dense(self, q: Tensor, k: Tensor, key_mask: Tensor | None) -> Tensor:
         """Row by row: the first tokens, from the start of the run's window to the row, and the run's pages."""

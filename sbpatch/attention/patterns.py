@@ -19,6 +19,29 @@ def blocks(count: int, size: int, n: int, device: torch.device) -> tuple[Tensor,
     return position.clamp(max=n - 1).view(count, size), position[:n]
 
 
+def lists_of_past(tile: int, near: int, first: int, chosen: Tensor, count: int, block: int, n: int) -> Tiles:
+    """Causal tiles of `tile` queries: the tile itself, the `near` keys before it, the `first` tokens, and chosen stretches.
+
+    chosen (B, H, T, p) int64: which of `count` stretches of `block` keys, each before the near keys; `count` is none.
+    """
+    device = chosen.device
+    query, place = blocks(chosen.shape[2], tile, n, device)
+    start = query[:, :1]  # (T, 1)
+    own = start + torch.arange(tile, device=device)
+    before = start + torch.arange(-min(near, n), 0, device=device)
+    head = torch.arange(min(first, n), device=device).expand(len(start), -1)
+    far = (chosen[..., None] * block + torch.arange(block, device=device)).flatten(-2)  # (B, H, T, p c)
+    taken = (chosen < count).repeat_interleave(block, -1) & (far >= head.shape[-1])  # a first token counts once
+    every, valid = [own, before, head, far], [own < n, before >= 0, head < start - near, taken]
+    key, keep = (torch.cat([x.expand(*chosen.shape[:2], -1, -1) for x in xs], dim=-1) for xs in (every, valid))
+    return Tiles(query, key.clamp(0, n - 1), keep[..., None, :], place, diagonal=True)
+
+
+def wider(times: int) -> int:
+    """How much larger tiles become where sequences are `times` as long, powers of two both: as the root of the length."""
+    return 2 ** ((times.bit_length() - 1) // 2)
+
+
 def beside(queries: int, keys: int, size: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Sorted queries in tiles beside sorted keys in tiles of `size`: query r of `queries` beside key r keys / queries.
 
