@@ -66,6 +66,8 @@ class CompressedLayer(CacheLayerMixin):
         self._append(key_states.detach(), value_states.detach())
         new, s = key_states.shape[2], self.settings
         if new == self.tokens:
+            if len(key_states) == 1:  # no padding beside one sample; in a batch the first step's mask says what is real
+                self._make_blocks(None)
             return key_states, value_states
         held = self._used()
         if new == 1 and s.best(self.tokens, s.blocked(self.tokens, self.blocked)) > 0:
