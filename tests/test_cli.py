@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 from io import BytesIO
 from pathlib import Path
 
@@ -11,7 +13,7 @@ import onnxruntime
 import pytest
 import torch
 from PIL import Image
-from tiny import command, process, t2t
+from tiny import ROOT, command, process, t2t
 from tiny_text import bert, llama, prose, words
 
 import sbpatch
@@ -475,6 +477,13 @@ def test_wrong_use_is_code_2(args, capsys):
 
 
 # ---- as users run it
+
+
+def test_help_waits_for_no_slow_import():
+    """What lists the commands, and what a program imports before it asks for something."""
+    script = "import sys, sbpatch, sbpatch.cli; print({'torch', 'timm', 'transformers', 'numpy'} & {*sys.modules})"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.strip() == "set()"
 
 
 def test_refusal_of_the_real_process():

@@ -46,7 +46,6 @@ def analyze_command(
     json_file: JsonFile = None,
     quiet: Quiet = False,
 ) -> None:
-    """What sparse, low-rank and robust PCA leave of every head's attention, against its entropy; plots and correlations."""
     analyze.check_output(output)
     check_places(json_file, inputs=(model, source, data_dir, checkpoint), directory=output)
     loaded = open_model(model, checkpoint, length=length)

@@ -71,7 +71,6 @@ def bench_command(
     json_file: JsonFile = None,
     quiet: Quiet = False,
 ) -> None:
-    """Time and memory of one attention call against eager and SDPA, by length (the paper's Figure 6)."""
     check_places(json_file, plot, inputs=(model, source, data_dir, checkpoint))
     wanted = None if lengths is None else lengths_of(lengths)
     names = [] if methods is None else [name.strip() for name in methods.split(",")]

@@ -100,7 +100,6 @@ def calibrate_command(
     json_file: JsonFile = None,
     quiet: Quiet = False,
 ) -> None:
-    """Measure the attention of MODEL on a sample, plan its patch under a budget, and write the patched directory."""
     if budget is not None and max_drop is not None:
         raise typer.BadParameter("give a budget or a largest drop, not both", param_hint="--budget / --max-drop")
     settings = read_recipe(recipe)

@@ -80,7 +80,6 @@ def compare_command(
     json_file: JsonFile = None,
     quiet: Quiet = False,
 ) -> None:
-    """Methods side by side under one budget definition: accuracy, agreement, errors, time."""
     check_places(json_file, plot, inputs=(model, dataset, source, data_dir, checkpoint))
     shares = [_share(text) for text in budgets.split(",")]
     names = [name.strip() for name in methods.split(",")]

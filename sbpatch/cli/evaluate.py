@@ -79,7 +79,6 @@ def eval_command(
     json_file: JsonFile = None,
     quiet: Quiet = False,
 ) -> None:
-    """Accuracy or perplexity, agreement, time and memory of the model in eager mode, with SDPA, and patched, side by side."""
     if length is not None and lengths is not None:
         raise typer.BadParameter("give one length or several, not both", param_hint="--length / --lengths")
     _refuse_flags(dataset, {"--lengths": lengths, "--plot": plot}, {"--generate": generate, "--stride": stride})

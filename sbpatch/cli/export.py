@@ -48,7 +48,6 @@ def export_command(
     json_file: JsonFile = None,
     quiet: Quiet = False,
 ) -> None:
-    """Export the patched model, run it in its own runtime, and print the largest difference to the model."""
     target = output or export.default_path(directory, form)
     whole = form is export.Format.safetensors
     _check(form, dtype, compiled, beside, length)

@@ -79,7 +79,6 @@ def finetune_command(
     json_file: JsonFile = None,
     quiet: Quiet = False,
 ) -> None:
-    """Train the weights of a patched model, its plan kept, and write the state that was best in validation."""
     if epochs is not None and steps is not None:
         raise typer.BadParameter("give epochs or steps, not both", param_hint="--epochs / --steps")
     target = output or directory.absolute().with_name(f"{directory.absolute().name}-finetuned")
