@@ -110,7 +110,7 @@ class Choice:
         for name, heads in by_site.items():
             i, _ = self.sites[name]
             site = plan.sites[i]
-            layer = _layer_of(heads, site, site_seed(plan.seed, i))
+            layer = layer_of_heads(heads, site, site_seed(plan.seed, i))
             site.use(layer, site_seed(plan.seed, i))
             tensors |= {f"{name}.{key}": tensor.cpu().clone() for key, tensor in patch_tensors(layer).items()}
             errors = sum(float(c.errors[h]) for h, c in enumerate(heads)) / len(heads)
@@ -124,7 +124,7 @@ class Choice:
         return plan
 
 
-def _layer_of(heads: Sequence[Candidate], site: SitePlan, seed: int) -> Layer | PerHead:
+def layer_of_heads(heads: Sequence[Candidate], site: SitePlan, seed: int) -> Layer | PerHead:
     """One layer of the site from the choice of each head."""
     groups: dict[int, list[int]] = {}
     for head, candidate in enumerate(heads):

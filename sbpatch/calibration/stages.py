@@ -134,8 +134,8 @@ def calibrate(
 
     screening = SCREENED[answer]
     screened = screening.of(sum(map(batch.count, batches)))
-    screen = _first_samples(batches, screened)
-    unseen = _first_samples(_after(batches, screened), CHECKED[answer])
+    screen = batch.first_samples(batches, screened)
+    unseen = batch.first_samples(batch.after_samples(batches, screened), CHECKED[answer])
     trial = Trial(model, plan, answer, journal or Journal(None, ""), progress)
     moments = trial.profile(screen)
     around = budget if max_drop is None and objective == "memory" else WIDE
@@ -144,7 +144,7 @@ def calibrate(
     tried = {site: len(layers) for site, layers in candidates.items()}
     simple = method == "auto" and objective == "memory"
     if any(count > 1 for count in tried.values()):
-        look = _first_samples(screen, screening.first)
+        look = batch.first_samples(screen, screening.first)
         trial.measure(candidates, look, "trying splits")
         _weigh(candidates, answer)
         if allocation == "joint" and max_drop is None and sum(site.heads for site in plan.patched) <= FEW_HEADS:
@@ -154,7 +154,7 @@ def calibrate(
             _weigh(candidates, answer)
             tried = {site: len(layers) for site, layers in candidates.items()}
         candidates = {site: promising(layers, objective) for site, layers in candidates.items()}
-        trial.measure(candidates, _after(screen, screening.first), "comparing the best")
+        trial.measure(candidates, batch.after_samples(screen, screening.first), "comparing the best")
         _weigh(candidates, answer)
     choice = Choice(plan, candidates, tried, objective, simple, costs)
     check = Check(model, answer, screen, unseen, progress)
@@ -165,7 +165,9 @@ def calibrate(
             f"nothing to patch: with {plan.budget.requested:g} of the entries every one of {len(plan.sites)} sites is best "
             "left exact; lower --budget, or allow a larger --max-drop"
         )
-    plan = learn(model, plan, _first_samples(screen, screening.least), answer, REFINED if refine else LEARNED, progress)
+    plan = learn(
+        model, plan, batch.first_samples(screen, screening.least), answer, REFINED if refine else LEARNED, progress
+    )
     check_plan(plan, check)
     return plan
 
@@ -208,28 +210,6 @@ def _weigh(candidates: Mapping[str, list[Candidate]], answer: Answer) -> None:
     if DIRECTIONS[answer] > 1:
         for layers in candidates.values():
             coherence(layers)
-
-
-def _first_samples(batches: Sequence[Inputs], count: int) -> list[Inputs]:
-    """The first `count` samples, in batches as they came."""
-    taken, out = 0, []
-    for one in batches:
-        if taken >= count:
-            break
-        out.append(batch.samples(one, 0, count - taken))
-        taken += batch.count(out[-1])
-    return out
-
-
-def _after(batches: Sequence[Inputs], count: int) -> list[Inputs]:
-    """What `_first_samples` of `count` leaves over."""
-    out = []
-    for one in batches:
-        size = batch.count(one)
-        if size > count:
-            out.append(batch.samples(one, count, size))
-        count = max(count - size, 0)
-    return out
 
 
 def _candidates(
