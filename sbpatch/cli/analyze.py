@@ -36,7 +36,7 @@ from .flags import (  # fmt: skip
 def analyze_command(
     model: Model,
     output: Annotated[Path, typer.Option("-o", "--output", help="directory for the plots and analysis.json")],
-    samples: Annotated[int, integer("--samples", most=bounds.SAMPLES)] = 8,
+    samples: Annotated[int, integer("--samples", most=bounds.SAMPLES, help="samples to run the model on")] = 8,
     length: Length = None,
     source: Source = None,
     data_dir: DataDir = None,

@@ -25,35 +25,35 @@ from .results import err, out
 COMMANDS = {
     "inspect": (
         "inspect",
-        "List the attention sites of MODEL: what would be patched, what not, and why.",
+        "List the attention sites of MODEL: which can be patched, which not, and why.",
     ),
     "calibrate": (
         "calibrate",
-        "Measure the attention of MODEL on a sample, plan its patch under a budget, and write the patched directory.",
+        "Measure the attention of MODEL on a sample, choose a patch within a budget, and write the patched directory.",
     ),
     "eval": (
         "evaluate",
-        "Accuracy or perplexity, agreement, time and memory of the model in eager mode, with SDPA, and patched, side by side.",
+        "Measure accuracy or perplexity, agreement, time and memory of the model with eager attention, with SDPA, and patched.",
     ),
     "export": (
         "export",
-        "Export the patched model, run it in its own runtime, and print the largest difference to the model.",
+        "Export the patched model, run the file in its runtime, and print the largest difference from the model.",
     ),
     "compare": (
         "compare",
-        "Methods side by side under one budget definition: accuracy, agreement, errors, time.",
+        "Compare attention methods at the same budget: accuracy, agreement, errors, time.",
     ),
     "analyze": (
         "analyze",
-        "What sparse, low-rank and robust PCA leave of every head's attention, against its entropy; plots and correlations.",
+        "Plot the errors of sparse, low-rank and robust PCA approximations of each head against its entropy.",
     ),
     "bench": (
         "bench",
-        "Time and memory of one attention call against eager and SDPA, by length (the paper's Figure 6).",
+        "Measure time and memory of single attention calls against eager attention and SDPA, by length (the paper's Figure 6).",
     ),
     "finetune": (
         "finetune",
-        "Train the weights of a patched model, its plan kept, and write the state that was best in validation.",
+        "Train the weights of a patched model with its patch in place, and write the state with the lowest validation loss.",
     ),
 }
 SHARED = ("calibrate", "eval", "compare", "finetune")  # that several processes share
