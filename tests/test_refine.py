@@ -72,7 +72,7 @@ def test_from_either_side_it_comes_to_what_is_exact(start):
     plan = calibrate(model, batches, budget=0.14, min_tokens=2, method="clusters", allocation="measured")
     (name,) = plan.tensors
     plan.tensors[name] = torch.full((1,), start)
-    learn(model, plan, batches, "classes", (0.12, *REFINED), no_progress)
+    plan = learn(model, plan, batches, "classes", (0.12, *REFINED), no_progress)
     assert float(plan.tensors[name]) == pytest.approx(1.0, abs=0.02)
 
 
@@ -80,7 +80,7 @@ def test_one_sample_teaches_nothing():
     """There would be none left to confirm it on."""
     plan = plan_for(t2t(), "clusters")
     before = {name: t.clone() for name, t in plan.tensors.items()}
-    learn(t2t(), plan, [BATCHES[0][:1]], "classes", REFINED, no_progress)
+    plan = learn(t2t(), plan, [BATCHES[0][:1]], "classes", REFINED, no_progress)
     assert all(torch.equal(t, before[name]) for name, t in plan.tensors.items())
 
 

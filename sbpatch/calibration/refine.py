@@ -84,13 +84,13 @@ def learn(
             for factor in factors[name]:
                 choices = torch.stack([values[factor] for values in tried[name]])
                 factors[name][factor] = choices.gather(0, best.to(choices.device)[None])[0]
+    learned: dict[str, Tensor] = {}
     for name, found in damages(confirm, {name: [start[name], factors[name]] for name in layers}).items():
         better = found[1] < found[0]
         kept = {k: torch.where(better.to(v.device), factors[name][k], v) for k, v in start[name].items()}
         set_factors(layers[name], kept)
-        learned = {f"{name}.{key}": tensor.cpu().clone() for key, tensor in patch_tensors(layers[name]).items()}
-        plan.tensors |= learned
-    return plan
+        learned |= {f"{name}.{key}": tensor.cpu().clone() for key, tensor in patch_tensors(layers[name]).items()}
+    return plan.model_copy(update={"tensors": {**plan.tensors, **learned}})
 
 
 def _moves(values: Factors, step: float) -> Iterator[Factors]:
