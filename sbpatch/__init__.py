@@ -5,20 +5,43 @@ sbpatch.patch(model, plan)      # in place; sbpatch.unpatch(model) takes it back
 model = sbpatch.load("patched/")
 """
 
-# ruff: noqa: E402
-from .interrupts import end_at_once
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-end_at_once()  # the imports take seconds
-
-from .calibration.stages import calibrate
 from .errors import SbpatchError
-from .generation.generate import load
-from .plan.hub import push_to_hub
-from .plan.patch import patch, unpatch
-from .plan.plan import Plan
-from .sites import interface
+from .interrupts import end_at_once
+from .registration import register
 from .version import __version__ as __version__
+
+if TYPE_CHECKING:
+    from .calibration.stages import calibrate
+    from .generation.generate import load
+    from .plan.hub import push_to_hub
+    from .plan.patch import patch, unpatch
+    from .plan.plan import Plan
 
 __all__ = ["Plan", "SbpatchError", "calibrate", "load", "patch", "push_to_hub", "unpatch"]
 
-interface.register()  # attn_implementation="scatterbrain" of transformers
+# Imported when they are first asked for: PyTorch and timm take seconds.
+MODULES = {
+    "Plan": "plan.plan",
+    "calibrate": "calibration.stages",
+    "load": "generation.generate",
+    "patch": "plan.patch",
+    "push_to_hub": "plan.hub",
+    "unpatch": "plan.patch",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in MODULES:
+        raise AttributeError(f"module 'sbpatch' has no attribute '{name}'")
+    return getattr(import_module(f".{MODULES[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *MODULES})
+
+
+end_at_once()
+register()  # attn_implementation="scatterbrain" of transformers

@@ -36,16 +36,29 @@ def is_command() -> bool:
     return by_name or (sys.argv[:1] == ["-m"] and "sbpatch.cli" in sys.orig_argv)
 
 
+def _end(number: int, frame: FrameType | None) -> None:
+    os.write(2, f"sbpatch: {Stopped(number)}\n".encode())
+    os._exit(128 + number)
+
+
 def end_at_once() -> None:
     """From here on, and for `sbpatch` as a command alone, a signal ends the process with its line."""
-
-    def end(number: int, frame: FrameType | None) -> None:
-        os.write(2, f"sbpatch: {Stopped(number)}\n".encode())
-        os._exit(128 + number)
-
     if is_command() and threading.current_thread() is threading.main_thread():  # signals are the main thread's
         for number in SIGNALS:
-            signal.signal(number, end)
+            signal.signal(number, _end)
+
+
+@contextmanager
+def ending() -> Iterator[None]:
+    """Inside, a signal does what it does after `end_at_once`: for imports, which might catch an exception."""
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
+    end_at_once()
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
 
 
 @contextmanager

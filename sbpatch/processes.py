@@ -16,9 +16,6 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
 
-import torch
-import torch.distributed as dist
-
 from .errors import SbpatchError, one_line
 
 T = TypeVar("T")
@@ -54,6 +51,7 @@ def join() -> None:
     global _here
     if launched() == 1 or _here is not ALONE:
         return
+    import torch.distributed as dist  # slow to import, and one process needs none of it
     from torch.distributed.rendezvous import rendezvous
 
     try:
@@ -70,6 +68,8 @@ def leave() -> None:
     """The end of what `join` began."""
     global _here
     if _here is not ALONE:
+        import torch.distributed as dist
+
         dist.destroy_process_group()
     _here = ALONE
 
@@ -114,6 +114,9 @@ def gathered(value: Any) -> list[Any]:
     """
     if _here.size == 1:
         return [value]
+    import torch
+    import torch.distributed as dist
+
     mine = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
     try:
         sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(_here.size)]

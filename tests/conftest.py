@@ -1,4 +1,4 @@
-"""What every test starts from: a fixed global seed, an own cost table, hypothesis examples that never change.
+"""What every test starts from: a fixed global seed, an own cost table, hypothesis examples that never change; and their order.
 
 Where there is no GPU, Triton's kernels run in its interpreter, which has to be said before triton is first imported.
 """
@@ -25,6 +25,22 @@ if (
     os.environ["OMP_NUM_THREADS"] = "1"
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+# Files that take longest, first: pytest-xdist hands out whole files, and its workers then end together.
+LONGEST = (
+    "test_docs", "test_demo", "test_cli", "test_real_checkpoints", "test_kills", "test_finetune", "test_processes",
+    "test_rectangular_sites", "test_transformers_models", "test_interface", "test_export", "test_compiled",
+    "test_cifar10_model", "test_compare", "test_fuzz", "test_served", "test_transformers_coverage", "test_analyze",
+)  # fmt: skip
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.option.loadscopereorder = False  # of pytest-xdist, which would begin with the files of the most tests
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    order = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
 
 
 @pytest.fixture(scope="session", autouse=True)

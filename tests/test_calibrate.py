@@ -19,8 +19,9 @@ from sbpatch.attention.per_head import Exact
 from sbpatch.attention.reference import exact_matrix, scatterbrain_matrix
 from sbpatch.calibration.allocate import Curve, allocate
 from sbpatch.calibration.candidates import Candidate, closer
-from sbpatch.calibration.choose import _layer_of
-from sbpatch.calibration.stages import SCREENED, _after, _first_samples
+from sbpatch.calibration.choose import layer_of_heads
+from sbpatch.calibration.stages import SCREENED
+from sbpatch.data.batch import after_samples, first_samples
 from sbpatch.plan.patch import patch
 from sbpatch.plan.plan import SitePlan
 from sbpatch.plan.recipe import SiteSetting
@@ -106,8 +107,8 @@ def test_of_long_calls_the_matrix_error_is_estimated_by_some_columns(monkeypatch
 @given(sizes=st.lists(st.integers(1, 5), max_size=5), first=st.integers(1, 4), count=st.integers(1, 12))
 def test_screening_takes_every_sample_once(sizes, first, count):
     numbers = torch.arange(sum(sizes)).split(sizes)
-    screen = _first_samples(numbers, count)
-    look, rest = _first_samples(numbers, first), _after(screen, first)
+    screen = first_samples(numbers, count)
+    look, rest = first_samples(numbers, first), after_samples(screen, first)
     assert [len(x) for x in screen] == [len(x) for x in screen if len(x)]
     assert [int(i) for x in screen for i in x] == list(range(min(count, sum(sizes))))
     if first <= count:
@@ -427,7 +428,7 @@ def test_coordinates_of_landmarks_come_from_the_sample_and_stay_with_their_heads
     for layer in layers:
         layer.parameters_used |= layer.low_rank.fit(*moments)
     few, many = map(Candidate, layers)
-    joined = _layer_of([few, many, few], site, 0)
+    joined = layer_of_heads([few, many, few], site, 0)
     torch.testing.assert_close(joined.layers[0].low_rank.to_key, layers[0].low_rank.to_key[[0, 2]])
     torch.testing.assert_close(joined.layers[1].low_rank.to_query, layers[1].low_rank.to_query[[1]])
 

@@ -13,7 +13,6 @@ from tiny import Times, refused, t2t
 import sbpatch
 from sbpatch.calibration.check import BUDGETS, Totals, pick, smallest_that_keeps
 from sbpatch.calibration.journal import Journal
-from sbpatch.errors import SbpatchError
 
 # by quality alone: nothing is faster than exact attention on models this small (see test_costs)
 calibrate = partial(sbpatch.calibrate, keep_slow=True)
@@ -77,19 +76,16 @@ def test_smallest_budget_that_keeps_its_word_on_both_halves(wanted, luck):
     check = SimpleNamespace(unseen=["a", "b"], screen=[], figures=figures)
     keeps = [b for b in BUDGETS if wanted * luck / b <= 1.0]
     if keeps:
-        assert smallest_that_keeps(lambda budget: [budget], 1.0, check) == min(keeps)
+        assert smallest_that_keeps(lambda budget: [budget], lambda budget: True, 1.0, check) == min(keeps)
     else:
-        assert "no plan keeps" in refused(smallest_that_keeps, lambda budget: [budget], 1.0, check)
+        assert "no plan keeps" in refused(smallest_that_keeps, lambda budget: [budget], lambda budget: True, 1.0, check)
 
 
 def test_no_budget_keeps_the_word():
     check = SimpleNamespace(unseen=["a"], screen=[], figures=lambda *_: [{"drop": 3.0}])
-    assert "no plan keeps a drop of at most 1" in refused(smallest_that_keeps, lambda budget: [budget], 1.0, check)
-
-    def too_small(budget):
-        raise SbpatchError("cannot be met")
-
-    assert "no plan keeps" in refused(smallest_that_keeps, too_small, 1.0, check)
+    for enough in (True, False):
+        said = refused(smallest_that_keeps, lambda budget: [budget], lambda budget, enough=enough: enough, 1.0, check)
+        assert "no plan keeps a drop of at most 1" in said
 
 
 @pytest.mark.slow

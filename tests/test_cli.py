@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 from io import BytesIO
 from pathlib import Path
 
@@ -11,7 +13,7 @@ import onnxruntime
 import pytest
 import torch
 from PIL import Image
-from tiny import command, process, t2t
+from tiny import ROOT, command, process, t2t
 from tiny_text import bert, llama, prose, words
 
 import sbpatch
@@ -36,7 +38,7 @@ def jpeg(level: int) -> bytes:
 def place(tmp_path, monkeypatch) -> Path:
     """An empty folder to work in, with a tiny model, images of three classes, and no network."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sbpatch.data.hub._answers", lambda url: False)
+    monkeypatch.setattr("sbpatch.data.hub.answers", lambda url: False)
     monkeypatch.delenv("IMAGENET_DIR", raising=False)
     torch.save({"state_dict_ema": t2t().state_dict()}, "tiny.pth")
     for i in range(9):
@@ -316,7 +318,7 @@ def test_texts_and_models_that_do_not_go_together(texts, capsys, args, said):
 # ---- export
 
 
-@pytest.mark.parametrize("form", ["pt2", "onnx", "safetensors"])
+@pytest.mark.parametrize("form", [*(pytest.param(x, marks=pytest.mark.slow) for x in ("pt2", "onnx")), "safetensors"])
 @torch.inference_mode()
 def test_exported_model_gives_the_same_logits(patched, form, capsys):
     assert command("export", "out", "--format", form, "--quiet", "--json", "-") == 0
@@ -477,6 +479,13 @@ def test_wrong_use_is_code_2(args, capsys):
 # ---- as users run it
 
 
+def test_help_waits_for_no_slow_import():
+    """What lists the commands, and what a program imports before it asks for something."""
+    script = "import sys, sbpatch, sbpatch.cli; print({'torch', 'timm', 'transformers', 'numpy'} & {*sys.modules})"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.strip() == "set()"
+
+
 def test_refusal_of_the_real_process():
     run = process("calibrate", "t2t-vit-dmeo", "-o", "new")
     assert run.returncode == 1
@@ -487,7 +496,7 @@ def test_refusal_of_the_real_process():
 
 
 @pytest.mark.slow
-def test_demo_from_calibration_to_export():
+def test_demo_from_calibration_to_export(capsys):
     Path("fixed.yaml").write_text(
         "sites:\n  '*attention1*': {method: clusters, rank: 90}\n"
         "  '*attention2*': {method: window2d+clusters, window: 3, rank: 20}"
@@ -535,8 +544,7 @@ def test_demo_from_calibration_to_export():
     assert eager["attention_memory_bytes"] == 4 * (3136**2 + 784**2 + 4 * 2 * 197**2)
 
     for form in ("pt2", "onnx", "safetensors"):
-        run = process("export", "--format", form, "--quiet", "--json", "-")
-        assert run.returncode == 0, run.stderr
-        result = json.loads(run.stdout)
+        assert command("export", "--format", form, "--quiet", "--json", "-") == 0
+        result = json.loads(capsys.readouterr().out)
         assert result["difference"] < 1e-3
         assert Path(result["path"]).exists()

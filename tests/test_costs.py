@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tiny import Times, process, refused, t2t
+from tiny import Times, command, refused, t2t
 from torch import Tensor, nn
 
 from sbpatch.attention import Geometry, Scatterbrain
@@ -306,16 +307,23 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def calibration(folder: Path, *flags: str) -> tuple[int, str, Any]:
-    """Exit code, standard error and plan of `sbpatch calibrate tiny.pth`."""
+@pytest.fixture
+def calibration(folder: Path, monkeypatch, capsys) -> Callable[..., tuple[int, str, Any]]:
+    """Runs `sbpatch calibrate tiny.pth` in the folder: exit code, standard error and plan."""
     arguments = ("calibrate", "tiny.pth", "--samples", "3", "--budget", "0.2", "--quiet", "--dry-run", "--json", "-")
-    done = process(*arguments, *flags, cwd=folder)
-    return done.returncode, done.stderr, json.loads(done.stdout) if done.stdout else None
+    monkeypatch.chdir(folder)
+
+    def calibration(*flags: str) -> tuple[int, str, Any]:
+        code = command(*arguments, *flags)
+        out, said = capsys.readouterr()
+        return code, said, json.loads(out) if out else None
+
+    return calibration
 
 
-def test_the_commands_flags(folder):
+def test_the_commands_flags(folder, calibration):
     table = written(folder / "t.json", exact={256: 1e6, 64: 1e-6, 17: 1e-6})
-    code, said, plan = calibration(folder, "--cost-table", "t.json")
+    code, said, plan = calibration("--cost-table", "t.json")
     assert code == 0, said
     assert [site["decision"] for site in plan["sites"]] == ["patch", "exact", "exact"]
     assert plan["sites"][0]["exact_ms"] == 1e6
@@ -323,24 +331,24 @@ def test_the_commands_flags(folder):
     found = CostTable(table, CPU)  # valid
     assert len(found.rows) > 6
     assert sorted(found.rows.values())[:2] == [1e-6, 1e-6]
-    assert calibration(folder, "--cost-table", "t.json") == (code, said, plan)
+    assert calibration("--cost-table", "t.json") == (code, said, plan)
 
     written(folder / "slow.json", exact={256: 1e-6, 64: 1e-6, 17: 1e-6})
-    code, said, plan = calibration(folder, "--cost-table", "slow.json")
+    code, said, plan = calibration("--cost-table", "slow.json")
     assert (code, plan) == (1, None)
     assert said.startswith("sbpatch: nothing to patch among 3 attention sites (")
     assert "exact attention takes 1e-06 ms a sample, the fastest patch" in said
     assert "--keep-slow patches all the same" in said
     assert said.count("\n") == 1
-    code, said, plan = calibration(folder, "--cost-table", "slow.json", "--keep-slow")
+    code, said, plan = calibration("--cost-table", "slow.json", "--keep-slow")
     assert code == 0, said
     assert [site["decision"] for site in plan["sites"]] == ["patch", "exact", "exact"]
     assert "exact_ms" not in plan["sites"][0]
 
 
-def test_a_damaged_table_is_one_line_and_exit_code_1(folder):
+def test_a_damaged_table_is_one_line_and_exit_code_1(folder, calibration):
     (folder / "bad.json").write_text('{"ms": {"a": NaN}}')
-    code, said, plan = calibration(folder, "--cost-table", "bad.json")
+    code, said, plan = calibration("--cost-table", "bad.json")
     assert (code, plan) == (1, None)
     assert said.startswith("sbpatch: cost table bad.json has times that are not positive numbers")
     assert said.count("\n") == 1

@@ -31,7 +31,7 @@ WNIDS = ImageNetInfo().label_names()
 
 @pytest.fixture(autouse=True)
 def offline(monkeypatch, tmp_path):
-    monkeypatch.setattr("sbpatch.data.hub._answers", lambda url: False)
+    monkeypatch.setattr("sbpatch.data.hub.answers", lambda url: False)
     monkeypatch.setattr(hub, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.delenv("IMAGENET_DIR", raising=False)
 

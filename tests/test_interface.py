@@ -100,7 +100,9 @@ def test_sites_and_their_causality(make, door, padded):
 
 def test_sites_of_an_image_model_have_their_grid():
     config = ViTConfig(image_size=48, patch_size=8, **WIDTHS)
-    for site in find_sites(built(ViTModel, config), {"pixel_values": torch.randn(1, 3, 48, 48)}):
+    sites = find_sites(built(ViTModel, config), {"pixel_values": torch.randn(1, 3, 48, 48)})
+    assert len(sites) == config.num_hidden_layers
+    for site in sites:
         assert (site.geometry.grid, site.geometry.prefix, site.unsupported) == ((6, 6), 1, None)
 
 
@@ -114,7 +116,9 @@ def test_sites_of_an_image_model_have_their_grid():
 )  # fmt: skip
 def test_what_stays_exact_says_why(make, reason):
     """A relative bias, a sliding window, and attention by hand."""
-    for site in find_sites(make(), {"input_ids": IDS}):
+    sites = find_sites(make(), {"input_ids": IDS})
+    assert sites
+    for site in sites:
         assert reason in site.unsupported
 
 

@@ -18,10 +18,11 @@ SHARED = {
     "progress",
     "measure",
     "processes",
+    "registration",
 }  # small modules that any package may use
 ORDER = ["version", "errors", "interrupts", "bounds", "reading", "writing", "progress", "measure", "processes"]
 ORDER += ["attention", "data", "models", "sites", "plan", "generation", "calibration", "evaluation", "training"]
-ORDER += ["study", "cli"]
+ORDER += ["study", "registration", "cli"]
 
 
 def modules() -> dict[str, ast.Module]:

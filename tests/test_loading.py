@@ -263,7 +263,7 @@ def on_the_hub(tmp_path, monkeypatch):
     pq.write_table(
         pa.table({"image": PICTURES, "label": LABELS}), root / "data" / "train-00000-of-00001.parquet", row_group_size=5
     )
-    monkeypatch.setattr("sbpatch.data.hub._answers", lambda url: False)
+    monkeypatch.setattr("sbpatch.data.hub.answers", lambda url: False)
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.setattr(
         "datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN", 0.1

@@ -59,7 +59,7 @@ def refused(*args, **kwargs) -> str:
 @pytest.fixture(autouse=True)
 def offline(monkeypatch, tmp_path):
     """No test reaches the network or the user's caches."""
-    monkeypatch.setattr("sbpatch.data.hub._answers", lambda url: False)
+    monkeypatch.setattr("sbpatch.data.hub.answers", lambda url: False)
     monkeypatch.setattr(weights, "RELEASE_URL", "http://127.0.0.1:9")
     monkeypatch.setattr(hub, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setenv("SBPATCH_CACHE", str(tmp_path / "cache"))

@@ -13,7 +13,7 @@ import sbpatch
 from sbpatch.attention import Geometry, Scatterbrain
 from sbpatch.attention.per_head import Exact, PerHead
 from sbpatch.attention.reference import scatterbrain_matrix
-from sbpatch.calibration.refine import REFINED, _knobs, _turn, learn
+from sbpatch.calibration.refine import REFINED, factors_of, learn, set_factors
 from sbpatch.progress import no_progress
 
 # by quality alone: nothing is faster than exact attention on models this small (see test_costs)
@@ -36,7 +36,7 @@ def test_learned_numbers_are_those_of_the_dense_definition(method):
     assert not torch.allclose(layer(q, k, v), other(q, k, v), atol=1e-3)
 
 
-def test_knobs_of_a_site_whose_heads_differ():
+def test_factors_of_a_site_whose_heads_differ():
     site, one = Geometry(80, 4, 8), Geometry(80, 1, 8)
     parts = [
         Exact(one),
@@ -44,12 +44,12 @@ def test_knobs_of_a_site_whose_heads_differ():
         Scatterbrain("window", one, 0, window=5),
     ]
     layer = PerHead(site, [[2], [3, 0], [1]], parts)
-    assert {name: len(values) for name, values in _knobs(layer).items()} == {"gain": 4, "sharpness": 4}
-    _turn(layer, {"gain": torch.tensor([1.0, 2, 3, 4]), "sharpness": torch.tensor([0.1, 0.2, 0.3, 0.4])})
+    assert {name: len(values) for name, values in factors_of(layer).items()} == {"gain": 4, "sharpness": 4}
+    set_factors(layer, {"gain": torch.tensor([1.0, 2, 3, 4]), "sharpness": torch.tensor([0.1, 0.2, 0.3, 0.4])})
     assert parts[1].gain.tolist() == [4.0, 1.0]
     torch.testing.assert_close(parts[1].low_rank.sharpness, torch.tensor([0.4, 0.1]).exp())
-    torch.testing.assert_close(_knobs(layer)["sharpness"], torch.tensor([0.1, 0, 0, 0.4]))
-    assert _knobs(Exact(site)) == _knobs(Scatterbrain("window", site, 0, window=5)) == {}
+    torch.testing.assert_close(factors_of(layer)["sharpness"], torch.tensor([0.1, 0, 0, 0.4]))
+    assert factors_of(Exact(site)) == factors_of(Scatterbrain("window", site, 0, window=5)) == {}
 
 
 class Alike(nn.Module):
@@ -72,7 +72,7 @@ def test_from_either_side_it_comes_to_what_is_exact(start):
     plan = calibrate(model, batches, budget=0.14, min_tokens=2, method="clusters", allocation="measured")
     (name,) = plan.tensors
     plan.tensors[name] = torch.full((1,), start)
-    learn(model, plan, batches, "classes", (0.12, *REFINED), no_progress)
+    plan = learn(model, plan, batches, "classes", (0.12, *REFINED), no_progress)
     assert float(plan.tensors[name]) == pytest.approx(1.0, abs=0.02)
 
 
@@ -80,7 +80,7 @@ def test_one_sample_teaches_nothing():
     """There would be none left to confirm it on."""
     plan = plan_for(t2t(), "clusters")
     before = {name: t.clone() for name, t in plan.tensors.items()}
-    learn(t2t(), plan, [BATCHES[0][:1]], "classes", REFINED, no_progress)
+    plan = learn(t2t(), plan, [BATCHES[0][:1]], "classes", REFINED, no_progress)
     assert all(torch.equal(t, before[name]) for name, t in plan.tensors.items())
 
 

@@ -29,7 +29,7 @@ needs_shared = pytest.mark.skipif(not SHARED.exists(), reason=f"no {SHARED}: set
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty folder to work in, and no network."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sbpatch.data.hub._answers", lambda url: False)
+    monkeypatch.setattr("sbpatch.data.hub.answers", lambda url: False)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
     return tmp_path

@@ -30,7 +30,7 @@ from sbpatch.data.preprocessing import AudioPreprocessing, Preprocessing, TextPr
 from sbpatch.errors import SbpatchError
 from sbpatch.models import transformers_models
 from sbpatch.models.checkpoint import Checkpoint
-from sbpatch.models.image_processors import _share, image_preprocessing
+from sbpatch.models.image_processors import crop_share, image_preprocessing
 from sbpatch.models.load import build, load_checkpoint
 from sbpatch.models.weights import file_sha256, tensors_sha256
 
@@ -63,7 +63,7 @@ def offline(monkeypatch, tmp_path):
         raise AssertionError(f"a connection to {args[1:]} was tried")
 
     monkeypatch.setattr(socket.socket, "connect", connect)
-    monkeypatch.setattr("sbpatch.data.hub._answers", lambda url: False)
+    monkeypatch.setattr("sbpatch.data.hub.answers", lambda url: False)
     monkeypatch.setattr(hub, "HF_HUB_CACHE", str(tmp_path / "hub"))
 
 
@@ -381,7 +381,7 @@ def test_image_processors_with_their_own_ways():
 
 @given(st.integers(1, 1024), st.integers(1, 1024))
 def test_share_gives_the_outer_edge_back(inner, outer):
-    assert math.floor(inner / _share(inner, outer)) == outer
+    assert math.floor(inner / crop_share(inner, outer)) == outer
 
 
 def test_input_size_of_images(tmp_path):

@@ -61,7 +61,7 @@ class HyperAttention(Whole):
         n = x.shape[-2]
         return (rank * n + torch.arange(n, device=x.device)).argsort(-1)  # no two alike: any sort is stable
 
-    def _sample(self, real: Tensor, value: Tensor | None) -> tuple[Tensor, Tensor]:
+    def sample(self, real: Tensor, value: Tensor | None) -> tuple[Tensor, Tensor]:
         """Places among the sorted keys, real ones first, (B, H, m) int64; how many keys each stands for, (B, H, m).
 
         Args:
@@ -95,7 +95,7 @@ class HyperAttention(Whole):
         if v is not None:
             v = (v if key_mask is None else v * key_mask[:, None, :, None]).detach()
             v = v.gather(2, of_key[..., None].expand(*of_key.shape, v.shape[-1]))
-        drawn, times = self._sample(real, v)
+        drawn, times = self.sample(real, v)
         sample = of_key.gather(-1, drawn[:, :, : self.rank])  # (B, H, m)
         sample = sample[:, :, None].expand(*key.shape[:3], -1)
         own = (drawn // size)[:, :, None] == torch.arange(blocks, device=q.device)[:, None]  # in the query's own block

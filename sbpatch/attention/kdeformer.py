@@ -24,9 +24,9 @@ class KDEformer(HyperAttention):
 
     called = "kdeformer"
 
-    def _sample(self, real: Tensor, value: Tensor | None) -> tuple[Tensor, Tensor]:
+    def sample(self, real: Tensor, value: Tensor | None) -> tuple[Tensor, Tensor]:
         if value is None:
-            return super()._sample(real, value)
+            return super().sample(real, value)
         is_real = (torch.arange(value.shape[-2], device=value.device) < real).expand(*value.shape[:2], -1).double()
         rows = F.pad(value.double(), (0, 1), value=1.0) * is_real[..., None]  # (B, H, n, e + 1)
         longest = torch.linalg.eigvalsh(rows.mT @ rows)[..., -1:].clamp(min=torch.finfo(rows.dtype).tiny).sqrt()

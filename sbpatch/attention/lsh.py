@@ -45,7 +45,7 @@ class Lsh(Sparse):
     def sized(cls, stored: float, site: Geometry) -> dict[str, int] | None:
         return {"bucket": int(stored / 2), "rounds": 2} if stored >= 8 else None
 
-    def _order(self, q: Tensor, k: Tensor, key_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    def order(self, q: Tensor, k: Tensor, key_mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """Sorted order of queries and of keys in each round, two of (B, H, R, n); padding keys last."""
         q, k = q.detach().float(), k.detach().float()
         q_norm, k_norm = q.square().sum(-1, keepdim=True), k.square().sum(-1, keepdim=True)
@@ -59,7 +59,7 @@ class Lsh(Sparse):
             lifted_k = lifted_k.masked_fill(~key_mask[:, None, :, None], torch.inf)
         return lifted_q.mT.argsort(dim=-1), lifted_k.mT.argsort(dim=-1)
 
-    def _buckets(self, order: Tensor, keys: int) -> Tensor:
+    def buckets(self, order: Tensor, keys: int) -> Tensor:
         """Bucket number of each token, (B, H, R, n): its rank in the sorted order, scaled to `keys`, over the bucket size."""
         n = order.shape[-1]
         rank = torch.arange(n, device=order.device) * keys // (n * self.bucket)
@@ -68,8 +68,8 @@ class Lsh(Sparse):
     def select(self, q: Tensor, k: Tensor, key_mask: Tensor | None, scale: float) -> list[Tiles]:
         n = k.shape[-2]
         count = math.ceil(n / self.bucket)
-        q_order, k_order = self._order(q, k, key_mask)
-        q_bucket, k_bucket = self._buckets(q_order, n), self._buckets(k_order, n)
+        q_order, k_order = self.order(q, k, key_mask)
+        q_bucket, k_bucket = self.buckets(q_order, n), self.buckets(k_order, n)
         row, spot = beside(q.shape[-2], n, self.bucket, q.device)
         position = torch.arange(count * self.bucket, device=q.device)
         filled = (position < n).view(count, 1, self.bucket)  # the last cluster may be short of keys
@@ -87,6 +87,6 @@ class Lsh(Sparse):
         return found
 
     def dense(self, q: Tensor, k: Tensor, key_mask: Tensor | None) -> Tensor:
-        q_order, k_order = self._order(q, k, key_mask)
-        q_bucket, k_bucket = (self._buckets(order, k.shape[-2]) for order in (q_order, k_order))
+        q_order, k_order = self.order(q, k, key_mask)
+        q_bucket, k_bucket = (self.buckets(order, k.shape[-2]) for order in (q_order, k_order))
         return (q_bucket[..., :, None] == k_bucket[..., None, :]).any(dim=2)

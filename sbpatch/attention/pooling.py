@@ -39,7 +39,7 @@ class Pooling(Clusters):
     def sized(cls, stored: float, site: Geometry) -> dict[str, int] | None:
         return {"rank": int(stored) - 1} if stored >= 3 else None
 
-    def _pools(self, n: int, device: torch.device) -> Tensor:
+    def pools(self, n: int, device: torch.device) -> Tensor:
         """The pool of each token, (n,)."""
         if self.site.grid is None:
             return torch.arange(n, device=device) * min(self.rank, n) // n
@@ -56,17 +56,17 @@ class Pooling(Clusters):
         return torch.cat((patches.new_full((self.site.prefix,), high * wide), patches))
 
     def _assigned(self, k: Tensor, key_mask: Tensor | None) -> Tensor:
-        return self._pools(k.shape[-2], k.device).expand(*k.shape[:3])
+        return self.pools(k.shape[-2], k.device).expand(*k.shape[:3])
 
     def select(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, scale: float, joined: bool) -> Points:
         points = super().select(q, k, v, key_mask, scale, joined)
         if not self.causal:
             return points
-        own, past = self._pools(k.shape[-2], k.device), torch.arange(self.rank, device=k.device)
+        own, past = self.pools(k.shape[-2], k.device), torch.arange(self.rank, device=k.device)
         return points._replace(ready=(own[:, None] <= past).sum(0))  # after the last token of each pool
 
     def dense(self, q: Tensor, k: Tensor, key_mask: Tensor | None) -> Tensor:
-        q, pool = q.double() * self._sharp(q.double()), self._pools(k.shape[-2], k.device)
+        q, pool = q.double() * self._sharp(q.double()), self.pools(k.shape[-2], k.device)
         together = (pool[:, None] == pool).double()  # (n, n)
         keep = torch.ones_like(k[:, :1, :, 0]) if key_mask is None else key_mask[:, None]
         share = together * keep[..., None, :]

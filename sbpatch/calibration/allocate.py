@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from ..errors import SbpatchError
 
+SLACK = 1e-9  # share by which a sum of costs may exceed its limit, for rounding
 Curve = Sequence[tuple[float, float]]  # (cost, damage) of each choice
 
 
@@ -24,7 +25,7 @@ def allocate(curves: Sequence[Curve], limit: float) -> list[int] | None:
         raise SbpatchError("a cost or a damage is not a finite number: no budget can be shared out over it")
     chosen = [min(range(len(curve)), key=lambda j: (curve[j][0], curve[j][1])) for curve in curves]
     spent = sum(curve[j][0] for curve, j in zip(curves, chosen, strict=True))
-    if spent > limit * (1 + 1e-9):
+    if spent > limit * (1 + SLACK):
         return None
     steps: list[tuple[float, float, int, int]] = []  # (minus gain per cost, damage after, curve, choice)
 
@@ -32,7 +33,7 @@ def allocate(curves: Sequence[Curve], limit: float) -> list[int] | None:
         cost, damage = curves[u][chosen[u]]
         best: tuple[float, float, int, int] | None = None
         for j, (more, less) in enumerate(curves[u]):
-            if less >= damage or spent + more - cost > limit * (1 + 1e-9):
+            if less >= damage or spent + more - cost > limit * (1 + SLACK):
                 continue
             rate = (damage - less) / (more - cost) if more > cost else math.inf
             best = min(best or (math.inf, 0.0, 0, 0), (-rate, less, u, j))
@@ -44,7 +45,7 @@ def allocate(curves: Sequence[Curve], limit: float) -> list[int] | None:
     while steps:
         _, _, u, j = heapq.heappop(steps)
         more = curves[u][j][0] - curves[u][chosen[u]][0]
-        if spent + more <= limit * (1 + 1e-9):
+        if spent + more <= limit * (1 + SLACK):
             spent += more
             chosen[u] = j
         offer(u)  # the next step from here, or, where that one no longer fits, a smaller one

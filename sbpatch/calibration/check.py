@@ -20,7 +20,7 @@ from ..errors import SbpatchError
 from ..models.answers import MOST_NLL, embedding
 from ..models.checkpoint import Answer
 from ..plan.patch import patch, unpatch
-from ..plan.plan import Plan
+from ..plan.plan import Plan, SitePlan
 from ..progress import Progress
 from ..sites.calls import Call
 from ..sites.fidelity import matrix_error, output_error
@@ -174,7 +174,9 @@ def pick(plans: Sequence[Plan], check: Check) -> Plan:
     return plans[found.index(min(found))]
 
 
-def smallest_that_keeps(plans: Callable[[float], list[Plan]], max_drop: float, check: Check) -> Plan:
+def smallest_that_keeps(
+    plans: Callable[[float], list[Plan]], fits: Callable[[float], bool], max_drop: float, check: Check
+) -> Plan:
     """The plan of the smallest budget whose drop stays within `max_drop`, searched on half of the samples.
 
     The other half then has to confirm it, or the next larger budget is taken: the smallest of many that pass on some
@@ -188,11 +190,10 @@ def smallest_that_keeps(plans: Callable[[float], list[Plan]], max_drop: float, c
     best: dict[int, Plan] = {}
 
     def keeps(level: int, batches: Sequence[Inputs]) -> bool:
+        if not fits(BUDGETS[level]):  # too little for the smallest patch
+            return False
         if level not in best:
-            try:
-                best[level] = plans(BUDGETS[level])[0]
-            except SbpatchError:  # too little for the smallest patch
-                return False
+            best[level] = plans(BUDGETS[level])[0]
         (figures,) = check.figures([best[level]], batches, f"budget {BUDGETS[level]:.4f}")
         return figures["drop"] <= max_drop
 
@@ -237,8 +238,8 @@ class SiteErrors:
         return watch
 
 
-def check_plan(plan: Plan, check: Check) -> None:
-    """Fill in the errors of each patched site and the figures of the whole model, on unseen samples where there are any."""
+def checked(plan: Plan, check: Check) -> Plan:
+    """The plan with the errors of each patched site and the figures of the whole model, on unseen samples if there are any."""
     samples = check.unseen or check.screen
     layers = {name: layer.to(batch.device(samples[0])) for name, layer in plan.layers().items()}
     causal = {site.name: site.causal for site in plan.patched}
@@ -254,14 +255,21 @@ def check_plan(plan: Plan, check: Check) -> None:
         found.append([{name: (x.errors, x.matrix) for name, x in seen.items()}, asdict(whole)])
     batches = shared(found)
     count = sum(batch.count(one) for one in samples)
-    for site in plan.patched:
-        errors = torch.zeros(site.heads, dtype=torch.float64)
-        for of_sites, _ in batches:
-            errors += torch.tensor(of_sites[site.name][0], dtype=torch.float64)
-        matrix = [x for of_sites, _ in batches for x in of_sites[site.name][1]]
-        site.output_error = float(errors.mean()) / count
-        site.matrix_error = float(torch.tensor(matrix).mean())
-        for group in site.per_head or []:
-            group.output_error = float(errors[group.heads].mean()) / count
+    by_site = [errors for errors, _ in batches]
+    sites = [_with_errors(site, by_site, count) if site.name in layers else site for site in plan.sites]
     figures = Totals.together(check.answer, [totals for _, totals in batches]).figures()
-    plan.check = {"samples": count, "unseen": float(bool(check.unseen)), **figures}
+    of_model = {"samples": count, "unseen": float(bool(check.unseen)), **figures}
+    return plan.model_copy(update={"sites": sites, "check": of_model})
+
+
+def _with_errors(site: SitePlan, batches: Sequence[Mapping[str, Any]], count: int) -> SitePlan:
+    """The site with the means of its errors: by batch, for each site, of its outputs' sums and single ones of its matrices."""
+    errors = torch.zeros(site.heads, dtype=torch.float64)
+    for found in batches:
+        errors += torch.tensor(found[site.name][0], dtype=torch.float64)
+    matrix = [x for found in batches for x in found[site.name][1]]
+    groups = site.per_head and [
+        group.model_copy(update={"output_error": float(errors[group.heads].mean()) / count}) for group in site.per_head
+    ]
+    means = {"output_error": float(errors.mean()) / count, "matrix_error": float(torch.tensor(matrix).mean())}
+    return site.model_copy(update={**means, "per_head": groups})

@@ -13,7 +13,7 @@ from ..attention.per_head import Exact, Layer, PerHead
 from ..errors import SbpatchError
 from ..plan.plan import Plan, SitePlan, patch_tensors
 from ..plan.recipe import Objective
-from .allocate import allocate
+from .allocate import SLACK, allocate
 from .candidates import Candidate, closer, site_seed
 from .costs import CostTable
 from .weigh import without_weak_pairs
@@ -43,6 +43,10 @@ class Choice:
             without_weak_pairs(candidates[name], heads) if simple else candidates[name] for name, heads in self.units
         ]
 
+    def _exact(self) -> float:
+        """Cost of exact attention at all sites."""
+        return sum(len(heads) * self._whole(name) for name, heads in self.units)
+
     def _whole(self, name: str) -> float:
         """Cost of one exact head."""
         site = self.sites[name][1]
@@ -53,8 +57,20 @@ class Choice:
             raise SbpatchError("--objective time shares out the time of exact attention; it needs the joint allocation")
         return exact[0].cost("time")
 
+    def fits(self, budget: float) -> bool:
+        """Whether the budget is enough for the smallest patch of every site."""
+        least = sum(
+            len(heads) * min(c.cost(self.objective) for c in options)
+            for (_, heads), options in zip(self.units, self.options, strict=True)
+        )
+        return least <= budget * self._exact() * (1 + SLACK)
+
     def plans(self, budget: float) -> list[Plan]:
-        """The plan by damage, and the one by squared output error, which makes no assumption on how errors compound."""
+        """The plan by damage, and the one by squared output error, which makes no assumption on how errors compound.
+
+        Raises:
+            SbpatchError: the budget is too small for the smallest patch of every site.
+        """
         found = [self._plan(budget, chosen) for chosen in self._chosen(budget)]
         return found[:1] if found[0].sites == found[1].sites else found
 
@@ -80,7 +96,7 @@ class Choice:
 
     def _chosen(self, budget: float) -> list[list[Candidate]]:
         """One candidate a unit: by damage, and by squared output error."""
-        limit = budget * sum(len(heads) * self._whole(name) for name, heads in self.units)
+        limit = budget * self._exact()
         found = []
         for measure in (lambda c: c.damages, lambda c: c.errors.square()):
             curves = [
@@ -110,7 +126,7 @@ class Choice:
         for name, heads in by_site.items():
             i, _ = self.sites[name]
             site = plan.sites[i]
-            layer = _layer_of(heads, site, site_seed(plan.seed, i))
+            layer = layer_of_heads(heads, site, site_seed(plan.seed, i))
             site.use(layer, site_seed(plan.seed, i))
             tensors |= {f"{name}.{key}": tensor.cpu().clone() for key, tensor in patch_tensors(layer).items()}
             errors = sum(float(c.errors[h]) for h, c in enumerate(heads)) / len(heads)
@@ -124,7 +140,7 @@ class Choice:
         return plan
 
 
-def _layer_of(heads: Sequence[Candidate], site: SitePlan, seed: int) -> Layer | PerHead:
+def layer_of_heads(heads: Sequence[Candidate], site: SitePlan, seed: int) -> Layer | PerHead:
     """One layer of the site from the choice of each head."""
     groups: dict[int, list[int]] = {}
     for head, candidate in enumerate(heads):

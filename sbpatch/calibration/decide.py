@@ -62,8 +62,8 @@ def described(site: Geometry) -> str:
 
 
 def set_aside(site: SitePlan, costs: CostTable, fastest: float) -> SitePlan:
-    """Leave a site exact because the fastest patch, in milliseconds a sample, is not faster than exact attention."""
-    site.decision, site.exact_ms, site.patched_ms = "exact", costs.exact_ms(site.geometry), fastest
-    times = f"exact attention takes {site.exact_ms:.3g} ms a sample, the fastest patch {fastest:.3g} ms"
-    site.reason = f"{described(site.geometry)}: {times}"
-    return site
+    """The site left exact, because the fastest patch, in milliseconds a sample, is not faster than exact attention."""
+    exact = costs.exact_ms(site.geometry)
+    times = f"exact attention takes {exact:.3g} ms a sample, the fastest patch {fastest:.3g} ms"
+    reason = f"{described(site.geometry)}: {times}"
+    return site.model_copy(update={"decision": "exact", "exact_ms": exact, "patched_ms": fastest, "reason": reason})

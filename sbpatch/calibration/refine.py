@@ -28,7 +28,7 @@ LEARNED = (0.06, 0.03)  # steps of ln(sharpness) that every calibration takes; t
 REFINED = (0.06, 0.06, 0.03, 0.03, 0.015, 0.015, 0.0075, 0.0075)
 GAIN = 6.0
 GRADIENTS_KEPT = 2  # gradients a sample, see sensitivity
-Knobs = dict[str, Tensor]  # "sharpness" (as its logarithm) and "gain" of the heads of a site, (H,) each
+Factors = dict[str, Tensor]  # "sharpness" (as its logarithm) and "gain" of the heads of a site, (H,) each
 
 
 def learn(
@@ -44,7 +44,7 @@ def learn(
     Gradients of all samples are held meanwhile: `GRADIENTS_KEPT` numbers for each number that the patched sites put out.
     """
     layers = {name: layer.to(batch.device(batches[0])) for name, layer in plan.layers().items()}
-    layers = {name: layer for name, layer in layers.items() if _knobs(layer)}
+    layers = {name: layer for name, layer in layers.items() if factors_of(layer)}
     singles = [batch.samples(one, i, i + 1) for one in batches for i in range(batch.count(one))]
     if not layers or len(singles) < 2:
         return plan
@@ -56,16 +56,16 @@ def learn(
     causal = {site.name: site.causal for site in plan.patched}
     search, confirm = range(0, len(singles), 2), range(1, len(singles), 2)
 
-    def damages(which: Sequence[int], tried: Mapping[str, Sequence[Knobs]]) -> dict[str, Tensor]:
-        """Damage of each set of knobs at each site: {name: (sets, H)}."""
+    def damages(which: Sequence[int], tried: Mapping[str, Sequence[Factors]]) -> dict[str, Tensor]:
+        """Damage of each set of factors at each site: {name: (sets, H)}."""
         found = {
             name: torch.zeros(len(sets), layers[name].site.heads, dtype=torch.float64) for name, sets in tried.items()
         }
 
         def watcher(name: str, gradient: Tensor) -> Watcher:
             def watch(call: Call, output: Tensor) -> None:
-                for i, knobs in enumerate(tried[name]):
-                    _turn(layers[name], knobs)
+                for i, factors in enumerate(tried[name]):
+                    set_factors(layers[name], factors)
                     found[name][i] += damage(call.through(layers[name]), output, gradient).sum(0).double().cpu()
 
             return watch
@@ -74,30 +74,30 @@ def learn(
             observed(model, singles[i], {name: watcher(name, gradients[i][name]) for name in tried}, causal)
         return {name: _shared(sums, layers[name].site.group) for name, sums in found.items()}
 
-    start = {name: _knobs(layer) for name, layer in layers.items()}
-    knobs = {name: dict(values) for name, values in start.items()}
+    start = {name: factors_of(layer) for name, layer in layers.items()}
+    factors = {name: dict(values) for name, values in start.items()}
     for step in progress(steps, "learning"):
-        tried = {name: [values, *_moves(values, step)] for name, values in knobs.items()}
+        tried = {name: [values, *_moves(values, step)] for name, values in factors.items()}
         for name, found in damages(search, tried).items():
             best = found.argmin(0)  # (H,); the first, no move, where nothing is better
             best = torch.where(found.gather(0, best[None])[0] < found[0], best, 0)
-            for knob in knobs[name]:
-                choices = torch.stack([values[knob] for values in tried[name]])
-                knobs[name][knob] = choices.gather(0, best.to(choices.device)[None])[0]
-    for name, found in damages(confirm, {name: [start[name], knobs[name]] for name in layers}).items():
+            for factor in factors[name]:
+                choices = torch.stack([values[factor] for values in tried[name]])
+                factors[name][factor] = choices.gather(0, best.to(choices.device)[None])[0]
+    learned: dict[str, Tensor] = {}
+    for name, found in damages(confirm, {name: [start[name], factors[name]] for name in layers}).items():
         better = found[1] < found[0]
-        kept = {k: torch.where(better.to(v.device), knobs[name][k], v) for k, v in start[name].items()}
-        _turn(layers[name], kept)
-        learned = {f"{name}.{key}": tensor.cpu().clone() for key, tensor in patch_tensors(layers[name]).items()}
-        plan.tensors |= learned
-    return plan
+        kept = {k: torch.where(better.to(v.device), factors[name][k], v) for k, v in start[name].items()}
+        set_factors(layers[name], kept)
+        learned |= {f"{name}.{key}": tensor.cpu().clone() for key, tensor in patch_tensors(layers[name]).items()}
+    return plan.model_copy(update={"tensors": {**plan.tensors, **learned}})
 
 
-def _moves(values: Knobs, step: float) -> Iterator[Knobs]:
-    """One knob of all heads up or down, the others as they are."""
-    for knob in values:
+def _moves(values: Factors, step: float) -> Iterator[Factors]:
+    """One factor of all heads up or down, the others as they are."""
+    for factor in values:
         for sign in (1, -1):
-            yield {**values, knob: values[knob] + sign * step * (GAIN if knob == "gain" else 1.0)}
+            yield {**values, factor: values[factor] + sign * step * (GAIN if factor == "gain" else 1.0)}
 
 
 def _parts(layer: Layer | PerHead) -> list[tuple[list[int], Scatterbrain]]:
@@ -109,22 +109,22 @@ def _parts(layer: Layer | PerHead) -> list[tuple[list[int], Scatterbrain]]:
 
 
 def _shared(sums: Tensor, group: int) -> Tensor:
-    """Sums (sets, H) added up over the heads that share keys, and so their knobs."""
+    """Sums (sets, H) added up over the heads that share keys, and so their factors."""
     return sums.unflatten(1, (-1, group)).sum(-1).repeat_interleave(group, 1)
 
 
-def _knobs(layer: Layer | PerHead) -> Knobs:
-    """What can be learned at a site, zeros for heads that have no such knob; empty where none has any."""
-    knobs: Knobs = {}
+def factors_of(layer: Layer | PerHead) -> Factors:
+    """What can be learned at a site, zeros for heads that have no such factor; empty where none has any."""
+    factors: Factors = {}
     for heads, part in _parts(layer):
         for name, buffer in part.learned.items():
-            values = knobs.setdefault(name, torch.zeros(layer.site.heads, device=buffer.device))
+            values = factors.setdefault(name, torch.zeros(layer.site.heads, device=buffer.device))
             values[heads] = (buffer if name == "gain" else buffer.log()).repeat_interleave(len(heads) // len(buffer))
-    return knobs
+    return factors
 
 
-def _turn(layer: Layer | PerHead, knobs: Knobs) -> None:
+def set_factors(layer: Layer | PerHead, factors: Factors) -> None:
     for heads, part in _parts(layer):
         for name, buffer in part.learned.items():
-            values = knobs[name][heads][:: len(heads) // len(buffer)]
+            values = factors[name][heads][:: len(heads) // len(buffer)]
             buffer.copy_(values if name == "gain" else values.exp())

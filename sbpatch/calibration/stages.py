@@ -25,12 +25,12 @@ from ..data import batch
 from ..data.batch import Inputs
 from ..errors import SbpatchError
 from ..models.checkpoint import Answer
-from ..plan.plan import Budget, Plan
+from ..plan.plan import Budget, Plan, SitePlan
 from ..plan.recipe import Allocation, Objective, SiteSetting, check_patterns
 from ..progress import Progress, no_progress
 from ..sites.find import find_sites
 from .candidates import FEW_HEADS, Candidate, built, candidates_for, site_seed
-from .check import Check, check_plan, pick, smallest_that_keeps
+from .check import Check, checked, pick, smallest_that_keeps
 from .choose import Choice
 from .costs import CostTable, default_path
 from .decide import MIN_TOKENS, first_decision, set_aside
@@ -51,6 +51,19 @@ class Screen(NamedTuple):
 
     def of(self, samples: int) -> int:
         return min(max(samples // self.one_in, self.least), self.most)
+
+
+class Search(NamedTuple):
+    """What the candidates of all sites depend on; `moments` are those of a site's queries and keys (see Trial.profile)."""
+
+    answer: Answer
+    budget: float
+    method: str
+    allocation: Allocation
+    fixed: Mapping[str, SiteSetting]
+    costs: CostTable | None
+    moments: Mapping[str, tuple[Tensor, Tensor]]
+    device: torch.device
 
 
 # Each position of a text's logits is an answer of its own, so fewer texts say as much.
@@ -118,56 +131,42 @@ def calibrate(
     _refuse_wrong(batches, budget, max_drop, method, allocation)
     sites = find_sites(model, batch.samples(batches[0], 0, 1))
     check_patterns([s.name for s in sites], {"--include": include, "--exclude": exclude, "the recipe's sites": fixed})
-    plan = Plan(
-        model=name, seed=seed, budget=Budget(requested=budget), sites=[], objective=objective, allocation=allocation,
-        max_drop=max_drop,
-    )  # fmt: skip
     device = batch.device(batches[0])
     if keep_slow and objective == "memory":
         costs = None
     else:
         first = next(model.parameters(), None)
         costs = costs or CostTable(default_path(), device, torch.float32 if first is None else first.dtype)
-    plan.sites = [first_decision(site, include, exclude, costs or min_tokens, fixed) for site in sites]
+    plan = Plan(
+        model=name, seed=seed, budget=Budget(requested=budget), objective=objective, allocation=allocation, max_drop=max_drop,
+        sites=[first_decision(site, include, exclude, costs or min_tokens, fixed) for site in sites],
+    )  # fmt: skip
     _refuse_empty(plan)
     answer = answer or _answer(model, batches[0], plan)
-
     screening = SCREENED[answer]
     screened = screening.of(sum(map(batch.count, batches)))
-    screen = _first_samples(batches, screened)
-    unseen = _first_samples(_after(batches, screened), CHECKED[answer])
+    screen = batch.first_samples(batches, screened)
+    unseen = batch.first_samples(batch.after_samples(batches, screened), CHECKED[answer])
+
     trial = Trial(model, plan, answer, journal or Journal(None, ""), progress)
-    moments = trial.profile(screen)
-    around = budget if max_drop is None and objective == "memory" else WIDE
-    candidates = _candidates(plan, moments, around, method, allocation, fixed, device, costs)
+    plan, moments = trial.profile(screen)
+    search = Search(answer, budget, method, allocation, fixed, costs, moments, device)
+    plan, candidates = _candidates(plan, search)
     _refuse_empty(plan)
-    tried = {site: len(layers) for site, layers in candidates.items()}
-    simple = method == "auto" and objective == "memory"
-    if any(count > 1 for count in tried.values()):
-        look = _first_samples(screen, screening.first)
-        trial.measure(candidates, look, "trying splits")
-        _weigh(candidates, answer)
-        if allocation == "joint" and max_drop is None and sum(site.heads for site in plan.patched) <= FEW_HEADS:
-            found = Choice(plan, candidates, tried, objective, simple, costs).closer(budget, moments, device)
-            trial.measure(found, look, "looking closer")
-            candidates = {site: layers + found[site] for site, layers in candidates.items()}
-            _weigh(candidates, answer)
-            tried = {site: len(layers) for site, layers in candidates.items()}
-        candidates = {site: promising(layers, objective) for site, layers in candidates.items()}
-        trial.measure(candidates, _after(screen, screening.first), "comparing the best")
-        _weigh(candidates, answer)
-    choice = Choice(plan, candidates, tried, objective, simple, costs)
+    choice = _measured(trial, plan, candidates, search, screen)
     check = Check(model, answer, screen, unseen, progress)
-    plans = choice.plans
-    plan = pick(plans(budget), check) if max_drop is None else smallest_that_keeps(plans, max_drop, check)
+    if max_drop is None:
+        plan = pick(choice.plans(budget), check)
+    else:
+        plan = smallest_that_keeps(choice.plans, choice.fits, max_drop, check)
     if not plan.patched:
         raise SbpatchError(
             f"nothing to patch: with {plan.budget.requested:g} of the entries every one of {len(plan.sites)} sites is best "
             "left exact; lower --budget, or allow a larger --max-drop"
         )
-    plan = learn(model, plan, _first_samples(screen, screening.least), answer, REFINED if refine else LEARNED, progress)
-    check_plan(plan, check)
-    return plan
+    few = batch.first_samples(screen, screening.least)
+    plan = learn(model, plan, few, answer, REFINED if refine else LEARNED, progress)
+    return checked(plan, check)
 
 
 def _refuse_wrong(
@@ -203,64 +202,68 @@ def _answer(model: nn.Module, inputs: Inputs, plan: Plan) -> Answer:
     return "next-token" if tokens and any(site.causal for site in plan.sites) else "features"
 
 
+def _candidates(plan: Plan, search: Search) -> tuple[Plan, dict[str, list[Candidate]]]:
+    """Layers to try by site; in the plan, a site where none is faster than exact attention stays exact."""
+    sites: list[SitePlan] = []
+    found: dict[str, list[Candidate]] = {}
+    heads = sum(site.heads for site in plan.patched)
+    shared = plan.max_drop is None and plan.objective == "memory"
+    for i, site in enumerate(plan.sites):
+        sites.append(site)
+        if site.decision != "patch":
+            continue
+        seed, moments = site_seed(plan.seed, i), search.moments.get(site.name)
+        setting = next((s for pattern, s in search.fixed.items() if fnmatch(site.name, pattern)), None)
+        if setting is not None:
+            check_parameters(setting.method, setting.parameters, site.geometry)
+            layer = built(setting.method, site, seed, moments, **setting.parameters).to(search.device)
+            found[site.name] = [Candidate(layer, None if search.costs is None else search.costs.ms(layer))]
+            continue
+        layers, fastest = candidates_for(
+            site, seed, search.budget if shared else WIDE, moments=moments, method=search.method,
+            allocation=search.allocation, heads=heads, device=search.device, costs=search.costs,
+        )  # fmt: skip
+        if layers:
+            found[site.name] = layers
+        elif search.costs is not None:
+            sites[-1] = set_aside(site, search.costs, fastest)
+    return plan.model_copy(update={"sites": sites}), found
+
+
+def _measured(
+    trial: Trial, plan: Plan, candidates: dict[str, list[Candidate]], search: Search, screen: Sequence[Inputs]
+) -> Choice:
+    """The choice among the candidates, measured: all on the first samples, the best of them on the others."""
+
+    def choice(candidates: dict[str, list[Candidate]], tried: Mapping[str, int]) -> Choice:
+        simple = search.method == "auto" and plan.objective == "memory"
+        return Choice(plan, candidates, tried, plan.objective, simple, search.costs)
+
+    tried = _counts(candidates)
+    if all(count == 1 for count in tried.values()):
+        return choice(candidates, tried)
+    first = SCREENED[search.answer].first
+    look = batch.first_samples(screen, first)
+    trial.measure(candidates, look, "trying splits")
+    _weigh(candidates, search.answer)
+    if search.allocation == "joint" and plan.max_drop is None and sum(site.heads for site in plan.patched) <= FEW_HEADS:
+        found = choice(candidates, tried).closer(search.budget, search.moments, search.device)
+        trial.measure(found, look, "looking closer")
+        candidates = {site: layers + found[site] for site, layers in candidates.items()}
+        _weigh(candidates, search.answer)
+        tried = _counts(candidates)
+    candidates = {site: promising(layers, plan.objective) for site, layers in candidates.items()}
+    trial.measure(candidates, batch.after_samples(screen, first), "comparing the best")
+    _weigh(candidates, search.answer)
+    return choice(candidates, tried)
+
+
+def _counts(candidates: Mapping[str, list[Candidate]]) -> dict[str, int]:
+    return {site: len(layers) for site, layers in candidates.items()}
+
+
 def _weigh(candidates: Mapping[str, list[Candidate]], answer: Answer) -> None:
     """Damage with the correlation of token errors, where all tokens reach one answer; a text's positions have their own."""
     if DIRECTIONS[answer] > 1:
         for layers in candidates.values():
             coherence(layers)
-
-
-def _first_samples(batches: Sequence[Inputs], count: int) -> list[Inputs]:
-    """The first `count` samples, in batches as they came."""
-    taken, out = 0, []
-    for one in batches:
-        if taken >= count:
-            break
-        out.append(batch.samples(one, 0, count - taken))
-        taken += batch.count(out[-1])
-    return out
-
-
-def _after(batches: Sequence[Inputs], count: int) -> list[Inputs]:
-    """What `_first_samples` of `count` leaves over."""
-    out = []
-    for one in batches:
-        size = batch.count(one)
-        if size > count:
-            out.append(batch.samples(one, count, size))
-        count = max(count - size, 0)
-    return out
-
-
-def _candidates(
-    plan: Plan,
-    moments: Mapping[str, tuple[Tensor, Tensor]],
-    budget: float,
-    method: str,
-    allocation: Allocation,
-    fixed: Mapping[str, SiteSetting],
-    device: torch.device,
-    costs: CostTable | None,
-) -> dict[str, list[Candidate]]:
-    """Layers to try by site; a site where none is faster than exact attention is set aside."""
-    found: dict[str, list[Candidate]] = {}
-    heads = sum(site.heads for site in plan.patched)
-    for i, site in enumerate(plan.sites):
-        if site.decision != "patch":
-            continue
-        seed = site_seed(plan.seed, i)
-        setting = next((s for pattern, s in fixed.items() if fnmatch(site.name, pattern)), None)
-        if setting is not None:
-            check_parameters(setting.method, setting.parameters, site.geometry)
-            layer = built(setting.method, site, seed, moments.get(site.name), **setting.parameters).to(device)
-            found[site.name] = [Candidate(layer, None if costs is None else costs.ms(layer))]
-            continue
-        layers, fastest = candidates_for(
-            site, seed, budget, moments=moments.get(site.name), method=method, allocation=allocation, heads=heads,
-            device=device, costs=costs,
-        )  # fmt: skip
-        if layers:
-            found[site.name] = layers
-        elif costs is not None:
-            set_aside(site, costs, fastest)
-    return found

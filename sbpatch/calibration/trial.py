@@ -32,11 +32,10 @@ class Trial:
     def __init__(self, model: nn.Module, plan: Plan, answer: Answer, journal: Journal, progress: Progress[Any]) -> None:
         self.model, self.plan, self.answer, self.journal, self.progress = model, plan, answer, journal, progress
 
-    def profile(self, batches: Sequence[Inputs]) -> dict[str, tuple[Tensor, Tensor]]:
-        """Fill in each supported site's entropy and the other figures of its heads.
+    def profile(self, batches: Sequence[Inputs]) -> tuple[Plan, dict[str, tuple[Tensor, Tensor]]]:
+        """The plan with each supported site's entropy and the other figures of its heads.
 
-        Returns:
-            Second moments of the queries and keys of the sites that may be patched and are not causal, (H, d, d) each.
+        Beside it, second moments of the queries and keys of the sites that may be patched and are not causal, (H, d, d) each.
         """
         moments: dict[str, tuple[Tensor, Tensor]] = {}
         supported = [site for site in self.plan.sites if site.decision != "unsupported" and not site.local]
@@ -63,12 +62,12 @@ class Trial:
         )
         for one in self.progress(batches, "entropy"):
             observed(self.model, one, watchers, causal)
-        for site in supported:
-            for figure, total in totals[site.name].items():
-                setattr(site, figure, (total / count).tolist())
-            assert site.entropy is not None
-            site.entropy_ratio = sum(site.entropy) / site.heads / math.log(max(site.tokens, 2))
-        return moments
+        figures = {
+            name: {figure: (total / count).tolist() for figure, total in found.items()}
+            for name, found in totals.items()
+        }
+        sites = [_profiled(site, figures[site.name]) if site.name in figures else site for site in self.plan.sites]
+        return self.plan.model_copy(update={"sites": sites}), moments
 
     def measure(self, candidates: Mapping[str, list[Candidate]], batches: Sequence[Inputs], description: str) -> None:
         """Run every candidate of every site on the inputs that the exact model gives that site."""
@@ -89,6 +88,11 @@ class Trial:
                     check_finite(candidate.sums, site, f"the error of {candidate.name}")
             _exchange(candidates)
             self.journal.record(key, candidates)
+
+
+def _profiled(site: SitePlan, figures: Mapping[str, list[float]]) -> SitePlan:
+    ratio = sum(figures["entropy"]) / site.heads / math.log(max(site.tokens, 2))
+    return site.model_copy(update={**figures, "entropy_ratio": ratio})
 
 
 def _exchange(candidates: Mapping[str, list[Candidate]]) -> None:

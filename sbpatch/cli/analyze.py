@@ -36,7 +36,7 @@ from .flags import (  # fmt: skip
 def analyze_command(
     model: Model,
     output: Annotated[Path, typer.Option("-o", "--output", help="directory for the plots and analysis.json")],
-    samples: Annotated[int, integer("--samples", most=bounds.SAMPLES)] = 8,
+    samples: Annotated[int, integer("--samples", most=bounds.SAMPLES, help="samples to run the model on")] = 8,
     length: Length = None,
     source: Source = None,
     data_dir: DataDir = None,
@@ -46,7 +46,6 @@ def analyze_command(
     json_file: JsonFile = None,
     quiet: Quiet = False,
 ) -> None:
-    """What sparse, low-rank and robust PCA leave of every head's attention, against its entropy; plots and correlations."""
     analyze.check_output(output)
     check_places(json_file, inputs=(model, source, data_dir, checkpoint), directory=output)
     loaded = open_model(model, checkpoint, length=length)

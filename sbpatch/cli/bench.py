@@ -46,32 +46,37 @@ from .flags import (  # fmt: skip
 
 def bench_command(
     model: Annotated[
-        str | None, typer.Argument(metavar="[MODEL]", help="whose attention calls to measure; default: random ones")
+        str | None,
+        typer.Argument(metavar="[MODEL]", help="model whose attention calls are measured; default: random inputs"),
     ] = None,
     source: Source = None,
     data_dir: DataDir = None,
     checkpoint: CheckpointFile = None,
-    site: Annotated[str | None, typer.Option("--site", help="only the sites of MODEL that match")] = None,
+    site: Annotated[
+        str | None, typer.Option("--site", help="only sites of MODEL whose name matches this pattern")
+    ] = None,
     input_size: InputSize = None,
     lengths: Annotated[
         str | None, typer.Option("--lengths", help="tokens, comma-separated; default: 1024,4096,16384 or MODEL's own")
     ] = None,
     methods: Annotated[
-        str | None, typer.Option("--methods", help="comma-separated, as compare takes them; default: a few, and auto")
+        str | None, typer.Option("--methods", help="comma-separated, as for compare; default: a few, and auto")
     ] = None,
     budget: Annotated[float, number("--budget", most=1e9, help="entries stored / entries of exact attention")] = 0.03,
     heads: Annotated[int | None, integer("--heads", most=bounds.HEADS, help="without MODEL; default: 4")] = None,
     head_dim: Annotated[int | None, integer("--head-dim", most=bounds.WIDTH, help="without MODEL; default: 64")] = None,
-    batch: Annotated[int, integer("--batch", most=bounds.BATCH, help="samples a call")] = 1,
+    batch: Annotated[int, integer("--batch", most=bounds.BATCH, help="samples per call")] = 1,
     causal: Annotated[bool, typer.Option("--causal", help="without MODEL")] = False,
-    plot: Annotated[Path | None, typer.Option("--plot", help="write time against length as a PNG")] = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option("--plot", help="plot of output error against speed, and of time against length, as a PNG"),
+    ] = None,
     device: DeviceFlag = Device.auto,
     dtype: DtypeFlag = Dtype.float32,
     seed: Seed = 0,
     json_file: JsonFile = None,
     quiet: Quiet = False,
 ) -> None:
-    """Time and memory of one attention call against eager and SDPA, by length (the paper's Figure 6)."""
     check_places(json_file, plot, inputs=(model, source, data_dir, checkpoint))
     wanted = None if lengths is None else lengths_of(lengths)
     names = [] if methods is None else [name.strip() for name in methods.split(",")]

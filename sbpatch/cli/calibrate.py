@@ -52,10 +52,14 @@ def calibrate_command(
     checkpoint: CheckpointFile = None,
     source: Source = None,
     data_dir: DataDir = None,
-    samples: Annotated[int, integer("--samples", most=bounds.SAMPLES)] = 32,
+    samples: Annotated[int, integer("--samples", most=bounds.SAMPLES, help="samples to run the model on")] = 32,
     budget: Annotated[
         float | None,
-        number("--budget", most=1e9, help="entries stored / entries of exact attention, over all sites it decides on"),
+        number(
+            "--budget",
+            most=1e9,
+            help="entries stored / entries of exact attention, averaged over the sites that may be patched",
+        ),
     ] = None,
     max_drop: Annotated[
         float | None,
@@ -63,33 +67,42 @@ def calibrate_command(
             "--max-drop",
             least=-1e9,
             most=1e9,
-            help="in place of a budget: points of top-1, or percent of perplexity, it may cost",
+            help="instead of a budget: the largest loss allowed, in points of top-1 or percent of perplexity",
         ),
     ] = None,
-    objective: Annotated[Objective | None, typer.Option("--objective", help="what the budget is a share of")] = None,
+    objective: Annotated[
+        Objective | None, typer.Option("--objective", help="what the budget limits: stored entries (memory) or time")
+    ] = None,
     allocation: Annotated[
-        Allocation | None, typer.Option("--allocation", help="joint, or a simpler rule to compare with it")
+        Allocation | None,
+        typer.Option(
+            "--allocation", help="how the budget is divided among heads: joint, or a simpler rule for comparison"
+        ),
     ] = None,
     method: Annotated[str | None, typer.Option("--method", help="auto, or a method such as window2d+clusters")] = None,
-    recipe: Annotated[Path | None, typer.Option("--recipe", help="YAML file with settings; flags go before it")] = None,
-    include: Annotated[list[str] | None, typer.Option("--include", help="only sites that match, repeatable")] = None,
+    recipe: Annotated[Path | None, typer.Option("--recipe", help="YAML file with settings; flags override it")] = None,
+    include: Annotated[
+        list[str] | None, typer.Option("--include", help="patch only sites whose name matches this pattern; repeatable")
+    ] = None,
     exclude: Annotated[
-        list[str] | None, typer.Option("--exclude", help="leave matching sites exact, repeatable")
+        list[str] | None,
+        typer.Option("--exclude", help="leave sites whose name matches this pattern exact; repeatable"),
     ] = None,
     keep_slow: Annotated[
         bool,
         typer.Option(
-            "--keep-slow", help="also patch where exact attention is faster, to save what eager attention stores"
+            "--keep-slow", help="also patch where exact attention is faster, to save the memory of eager attention"
         ),
     ] = False,
     cost_table: Annotated[
         Path | None,
         typer.Option(
-            "--cost-table", help="times of this device, measured where they lack; default: in the user's cache"
+            "--cost-table",
+            help="file of measured times on this device; missing ones are measured and added; default: in the user's cache",
         ),
     ] = None,
     refine: Annotated[
-        bool, typer.Option("--refine", help="learn more of the patch by matching each site's output, some minutes")
+        bool, typer.Option("--refine", help="tune the patch further to match each site's output; takes minutes")
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="show the plan, write nothing")] = False,
     input_size: InputSize = None,
@@ -100,7 +113,6 @@ def calibrate_command(
     json_file: JsonFile = None,
     quiet: Quiet = False,
 ) -> None:
-    """Measure the attention of MODEL on a sample, plan its patch under a budget, and write the patched directory."""
     if budget is not None and max_drop is not None:
         raise typer.BadParameter("give a budget or a largest drop, not both", param_hint="--budget / --max-drop")
     settings = read_recipe(recipe)

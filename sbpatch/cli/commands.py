@@ -8,27 +8,75 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from collections.abc import Callable
 from contextlib import suppress
-from typing import Annotated
+from importlib import import_module
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from .. import processes
 from ..errors import SbpatchError, one_line, out_of_memory, system_reason
-from ..interrupts import Stopped, raising
+from ..interrupts import Stopped, ending, raising
 from ..version import __version__
-from .analyze import analyze_command
-from .bench import bench_command
-from .calibrate import calibrate_command
-from .compare import compare_command
-from .evaluate import eval_command
-from .export import export_command
-from .finetune import finetune_command
-from .flags import err, out
-from .inspect import inspect_command
+from .results import err, out
 
-app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False)
+# Each command's module and what its help begins with. The module is imported when the command runs, which takes seconds.
+COMMANDS = {
+    "inspect": (
+        "inspect",
+        "List the attention sites of MODEL: which can be patched, which not, and why.",
+    ),
+    "calibrate": (
+        "calibrate",
+        "Measure the attention of MODEL on a sample, choose a patch within a budget, and write the patched directory.",
+    ),
+    "eval": (
+        "evaluate",
+        "Measure accuracy or perplexity, agreement, time and memory of the model with eager attention, with SDPA, and patched.",
+    ),
+    "export": (
+        "export",
+        "Export the patched model, run the file in its runtime, and print the largest difference from the model.",
+    ),
+    "compare": (
+        "compare",
+        "Compare attention methods at the same budget: accuracy, agreement, errors, time.",
+    ),
+    "analyze": (
+        "analyze",
+        "Plot the errors of sparse, low-rank and robust PCA approximations of each head against its entropy.",
+    ),
+    "bench": (
+        "bench",
+        "Measure time and memory of single attention calls against eager attention and SDPA, by length (the paper's Figure 6).",
+    ),
+    "finetune": (
+        "finetune",
+        "Train the weights of a patched model with its patch in place, and write the state with the lowest validation loss.",
+    ),
+}
+SHARED = ("calibrate", "eval", "compare", "finetune")  # that several processes share
+
+
+class Commands(TyperGroup):
+    """The commands of COMMANDS, listed by their help alone. (Any: of Click or of the copy in Typer.)"""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
+        name, listed, rest = super().resolve_command(ctx, args)
+        return name, listed and _imported(str(listed.name)), rest
+
+
+def _imported(name: str) -> Any:
+    module, text = COMMANDS[name]
+    with ending():
+        function = getattr(import_module(f".{module}", __package__), f"{name}_command")
+    alone = typer.Typer(add_completion=False)
+    alone.command(name, help=text)(function)
+    return typer.main.get_command(alone)
+
+
+app = typer.Typer(cls=Commands, help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False)
 
 
 def _version(value: bool) -> None:
@@ -48,19 +96,12 @@ def main_options(
         raise SbpatchError(f"'{name}' runs in one process: start it without the launcher")
 
 
-COMMANDS: dict[str, Callable[..., None]] = {
-    "inspect": inspect_command,
-    "calibrate": calibrate_command,
-    "eval": eval_command,
-    "export": export_command,
-    "compare": compare_command,
-    "analyze": analyze_command,
-    "bench": bench_command,
-    "finetune": finetune_command,
-}
-SHARED = ("calibrate", "eval", "compare", "finetune")  # that several processes share
-for name, command in COMMANDS.items():
-    app.command(name)(command)
+def _listed() -> None:
+    """What stands for a command until it runs."""
+
+
+for name, (_, text) in COMMANDS.items():
+    app.command(name, help=text)(_listed)
 
 
 def main() -> None:

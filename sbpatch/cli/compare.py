@@ -54,7 +54,7 @@ def compare_command(
     methods: Annotated[str, typer.Option("--methods", help=f"comma-separated; {compare.method_names()}")] = ",".join(
         compare.METHODS
     ),
-    budgets: Annotated[str, typer.Option("--budgets", help="comma-separated shares")] = "0.03",
+    budgets: Annotated[str, typer.Option("--budgets", help="budgets, comma-separated")] = "0.03",
     allocations: Annotated[
         str | None,
         typer.Option(
@@ -62,11 +62,16 @@ def compare_command(
             help=f"comma-separated, a row each: {', '.join(ALLOCATIONS)}, also with {compare.REFINED}; see calibrate",
         ),
     ] = None,
-    samples: Annotated[int, integer("--samples", most=bounds.SAMPLES, help="to calibrate and measure errors on")] = 8,
-    limit: Annotated[int | None, integer("--limit", most=bounds.SAMPLES, help="evaluate on that many samples")] = None,
+    samples: Annotated[
+        int, integer("--samples", most=bounds.SAMPLES, help="samples to calibrate and to measure errors on")
+    ] = 8,
+    limit: Annotated[
+        int | None, integer("--limit", most=bounds.SAMPLES, help="evaluate on only this many samples")
+    ] = None,
     length: Length = None,
     batch_size: Annotated[
-        int | None, integer("--batch-size", most=bounds.BATCH, help="default: 8, for causal models 1")
+        int | None,
+        integer("--batch-size", most=bounds.BATCH, help="samples per batch; default: 8, for causal models 1"),
     ] = None,
     plot: Annotated[
         Path | None, typer.Option("--plot", help="write error and agreement against budget as a PNG")
@@ -80,7 +85,6 @@ def compare_command(
     json_file: JsonFile = None,
     quiet: Quiet = False,
 ) -> None:
-    """Methods side by side under one budget definition: accuracy, agreement, errors, time."""
     check_places(json_file, plot, inputs=(model, dataset, source, data_dir, checkpoint))
     shares = [_share(text) for text in budgets.split(",")]
     names = [name.strip() for name in methods.split(",")]

@@ -50,27 +50,32 @@ def eval_command(
     ] = "sbpatch-out",
     data_dir: DataDir = None,
     limit: Annotated[
-        int | None, integer("--limit", most=bounds.SAMPLES, help="that many samples, spread evenly")
+        int | None,
+        integer("--limit", most=bounds.SAMPLES, help="use only this many samples, spread evenly over the set"),
     ] = None,
     length: Length = None,
     lengths: Annotated[
-        str | None, typer.Option("--lengths", help="of passkey and needle: several numbers of tokens, comma-separated")
+        str | None, typer.Option("--lengths", help="for passkey and needle: context lengths in tokens, comma-separated")
     ] = None,
     stride: Annotated[
-        int | None, integer("--stride", most=bounds.TOKENS, help="tokens newly scored a window; default: all of them")
+        int | None, integer("--stride", most=bounds.TOKENS, help="tokens scored in each window; default: all of them")
     ] = None,
     batch_size: Annotated[
-        int | None, integer("--batch-size", most=bounds.BATCH, help="default: 8, for causal models 1")
+        int | None,
+        integer("--batch-size", most=bounds.BATCH, help="samples per batch; default: 8, for causal models 1"),
     ] = None,
     skip_bad: Annotated[
-        bool, typer.Option("--skip-bad", help="count, name and leave out samples that cannot be read")
+        bool, typer.Option("--skip-bad", help="leave out samples that cannot be read, and report them")
     ] = False,
     generate: Annotated[
         int,
-        integer("--generate", least=0, most=bounds.TOKENS, help="of text: decode so many tokens after a prompt too"),
+        integer(
+            "--generate", least=0, most=bounds.TOKENS, help="for text: also decode this many tokens after a prompt"
+        ),
     ] = 0,
     plot: Annotated[
-        Path | None, typer.Option("--plot", help="of passkey and needle: write depth x length as a PNG")
+        Path | None,
+        typer.Option("--plot", help="for passkey and needle: plot of accuracy by depth and length, as a PNG"),
     ] = None,
     checkpoint: CheckpointFile = None,
     device: DeviceFlag = Device.auto,
@@ -79,7 +84,6 @@ def eval_command(
     json_file: JsonFile = None,
     quiet: Quiet = False,
 ) -> None:
-    """Accuracy or perplexity, agreement, time and memory of the model in eager mode, with SDPA, and patched, side by side."""
     if length is not None and lengths is not None:
         raise typer.BadParameter("give one length or several, not both", param_hint="--length / --lengths")
     _refuse_flags(dataset, {"--lengths": lengths, "--plot": plot}, {"--generate": generate, "--stride": stride})

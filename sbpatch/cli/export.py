@@ -39,16 +39,15 @@ def export_command(
     length: Length = None,
     dtype: DtypeFlag = Dtype.float32,
     compiled: Annotated[
-        bool, typer.Option("--compile", help="of pt2: machine code for this kind of CPU, by AOTInductor; some minutes")
+        bool, typer.Option("--compile", help="for pt2: compile for this kind of CPU by AOTInductor; takes minutes")
     ] = False,
     beside: Annotated[
-        bool, typer.Option("--beside-exact", help="also export the exact model, and give size and time of both")
+        bool, typer.Option("--beside-exact", help="also export the exact model, and compare size and time")
     ] = False,
     seed: Seed = 0,
     json_file: JsonFile = None,
     quiet: Quiet = False,
 ) -> None:
-    """Export the patched model, run it in its own runtime, and print the largest difference to the model."""
     target = output or export.default_path(directory, form)
     whole = form is export.Format.safetensors
     _check(form, dtype, compiled, beside, length)

@@ -43,43 +43,41 @@ def finetune_command(
     ] = None,
     data_dir: DataDir = None,
     epochs: Annotated[int | None, typer.Option("--epochs", min=1, help="passes over the samples; default: 1")] = None,
-    steps: Annotated[
-        int | None, typer.Option("--steps", min=1, help="in place of epochs: updates of the weights")
-    ] = None,
+    steps: Annotated[int | None, typer.Option("--steps", min=1, help="number of updates, instead of epochs")] = None,
     lr: Annotated[
         float | None, typer.Option("--lr", min=1e-12, help="largest step size of AdamW; default: by --train")
     ] = None,
     batch_size: Annotated[
-        int | None, typer.Option("--batch-size", min=1, help="samples an update; default: 8, for causal models 1")
+        int | None, typer.Option("--batch-size", min=1, help="samples per update; default: 8, for causal models 1")
     ] = None,
     accumulate: Annotated[
         int,
-        typer.Option("--accumulate", min=1, help="pieces a batch is computed in, one after another, to save memory"),
+        typer.Option("--accumulate", min=1, help="split each batch into this many parts, to save memory"),
     ] = 1,
     checkpointing: Annotated[
         bool, typer.Option("--checkpointing", help="compute activations again in the backward pass, to save memory")
     ] = False,
     distill: Annotated[
-        bool, typer.Option("--distill", help="towards the exact model's answers, in place of labels")
+        bool, typer.Option("--distill", help="train towards the exact model's outputs instead of labels")
     ] = False,
     train: Annotated[
-        Train, typer.Option("--train", help="which weights; attention: the patched sites' projections, and norms")
+        Train,
+        typer.Option("--train", help="which weights to train; attention: projections of the patched sites, and norms"),
     ] = Train.all,
-    lora_rank: Annotated[int, typer.Option("--lora-rank", min=1, help="of --train lora")] = 8,
-    limit: Annotated[int | None, typer.Option("--limit", min=1, help="that many samples, spread evenly")] = None,
+    lora_rank: Annotated[int, typer.Option("--lora-rank", min=1, help="rank for --train lora")] = 8,
+    limit: Annotated[
+        int | None, typer.Option("--limit", min=1, help="use only this many samples, spread evenly over the set")
+    ] = None,
     validation: Annotated[
-        int, typer.Option("--validation", min=1, help="of these, set aside to choose the best state by")
+        int, typer.Option("--validation", min=1, help="samples set aside to select the best state")
     ] = 64,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="go on with the run to this output that was cut off")
-    ] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="continue the interrupted run to this output")] = False,
     device: DeviceFlag = Device.auto,
-    dtype: Annotated[Dtype, typer.Option("--dtype", help="of activations; weights stay float32")] = Dtype.float32,
+    dtype: Annotated[Dtype, typer.Option("--dtype", help="dtype of activations; weights stay float32")] = Dtype.float32,
     seed: Seed = 0,
     json_file: JsonFile = None,
     quiet: Quiet = False,
 ) -> None:
-    """Train the weights of a patched model, its plan kept, and write the state that was best in validation."""
     if epochs is not None and steps is not None:
         raise typer.BadParameter("give epochs or steps, not both", param_hint="--epochs / --steps")
     target = output or directory.absolute().with_name(f"{directory.absolute().name}-finetuned")

@@ -74,14 +74,18 @@ def _bounded(read: Callable[[str], Any], metavar: str, names: Sequence[str], hel
     return typer.Option(*names, parser=parse, metavar=metavar, help=help)
 
 
-Model = Annotated[str, typer.Argument(help="alias (t2t-vit-demo, t2t-vit-14), directory, checkpoint file or timm name")]
-CheckpointFile = Annotated[Path | None, typer.Option("--checkpoint", help="weights file in place of the published one")]
+Model = Annotated[
+    str, typer.Argument(help="alias (t2t-vit-demo, t2t-vit-14), timm name, Hugging Face id, directory or weights file")
+]
+CheckpointFile = Annotated[
+    Path | None, typer.Option("--checkpoint", help="weights file to use instead of the published weights")
+]
 InputSize = Annotated[
-    int | None, integer("--input-size", most=bounds.PIXELS, help="pixels a side, where not the model's own")
+    int | None, integer("--input-size", most=bounds.PIXELS, help="image size in pixels; default: the model's own")
 ]
 Length = Annotated[
     int | None,
-    integer("--length", least=2, most=bounds.TOKENS, help="tokens a sample of text, where not the model's own"),
+    integer("--length", least=2, most=bounds.TOKENS, help="tokens per text sample; default: the model's own"),
 ]
 Dataset = Annotated[
     str,
@@ -89,11 +93,13 @@ Dataset = Annotated[
         "--dataset", help="demo, imagenet-val, cifar10; wikitext-2, python-docs, passkey, needle; a path or a hub id"
     ),
 ]
-Source = Annotated[str | None, typer.Option("--data", help="where the sample comes from: a data set's name or path")]
-DataDir = Annotated[Path | None, typer.Option("--data-dir", help="where the data set's files are")]
-DeviceFlag = Annotated[Device, typer.Option("--device")]
-DtypeFlag = Annotated[Dtype, typer.Option("--dtype", help="of weights and activations")]
-Seed = Annotated[int, integer("--seed", least=0, most=bounds.SEED, help="of everything random")]
+Source = Annotated[
+    str | None, typer.Option("--data", help="data set to draw the calibration sample from, a name or a path")
+]
+DataDir = Annotated[Path | None, typer.Option("--data-dir", help="folder that holds the files of the data set")]
+DeviceFlag = Annotated[Device, typer.Option("--device", help="auto: a GPU where there is one")]
+DtypeFlag = Annotated[Dtype, typer.Option("--dtype", help="dtype of weights and activations")]
+Seed = Annotated[int, integer("--seed", least=0, most=bounds.SEED, help="seed of all random numbers")]
 JsonFile = Annotated[
     Path | None,
     typer.Option("--json", help="write the result to this file, - for standard output", callback=json_place),

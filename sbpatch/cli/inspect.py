@@ -37,7 +37,6 @@ def inspect_command(
     json_file: JsonFile = None,
     quiet: Quiet = False,
 ) -> None:
-    """List the attention sites of MODEL: what would be patched, what not, and why."""
     check_places(json_file, inputs=(model, checkpoint))
     loaded = open_model(model, checkpoint, input_size, length)
     where = device.resolve()

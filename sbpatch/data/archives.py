@@ -11,11 +11,10 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 
 from PIL import Image
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from ..errors import SbpatchError, one_line, printable
 from ..reading import check_regular
-from .images import Item, decode
+from .images import SUFFIXES, Item, decode
 
 LABEL = ".cls"  # of a WebDataset sample: its class in digits
 MOST_DIGITS = 32  # bytes of such a label
@@ -88,7 +87,7 @@ def archived_images(paths: Sequence[Path]) -> tuple[list[Item], int, bool]:
         SbpatchError: an archive is damaged, or the images have neither labels nor at least two folders.
     """
     found = [member for path in paths for member in members(path)]
-    images = [m for m in found if m.name.lower().endswith(IMG_EXTENSIONS)]
+    images = [m for m in found if m.name.lower().endswith(SUFFIXES)]
     labels = {_key(m): m for m in found if m.name.endswith(LABEL)}
     if labels:
         return list(_labelled(images, labels)), 0, False

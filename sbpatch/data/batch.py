@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -43,6 +43,28 @@ def samples(inputs: Inputs, start: int, stop: int) -> Inputs:
     if isinstance(inputs, Tensor):
         return inputs[start:stop]
     return {name: tensor[start:stop] for name, tensor in inputs.items()}
+
+
+def first_samples(batches: Sequence[Inputs], most: int) -> list[Inputs]:
+    """The first `most` samples, in batches as they came."""
+    found: list[Inputs] = []
+    for one in batches:
+        if most <= 0:
+            break
+        found.append(samples(one, 0, most))
+        most -= count(found[-1])
+    return found
+
+
+def after_samples(batches: Sequence[Inputs], first: int) -> list[Inputs]:
+    """What `first_samples` of `first` leaves over."""
+    found: list[Inputs] = []
+    for one in batches:
+        size = count(one)
+        if size > first:
+            found.append(samples(one, first, size))
+        first = max(first - size, 0)
+    return found
 
 
 def moved(inputs: Inputs, device: str | torch.device, dtype: torch.dtype) -> Inputs:

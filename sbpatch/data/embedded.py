@@ -7,8 +7,6 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from sklearn.datasets import load_digits, load_sample_images
-from sklearn.model_selection import train_test_split
 
 from .images import Item
 
@@ -18,6 +16,9 @@ def digits_split(split: str) -> tuple[np.ndarray, np.ndarray]:
 
     Returns images (N, 8, 8) float64 and labels (N,) int64.
     """
+    from sklearn.datasets import load_digits  # slow to import, and only these images need it
+    from sklearn.model_selection import train_test_split
+
     digits = load_digits()
     train, test = train_test_split(np.arange(len(digits.target)), test_size=0.2, random_state=0, stratify=digits.target)
     index = np.sort(train if split == "train" else test)
@@ -36,6 +37,8 @@ def digits(split: str) -> list[Item]:
 
 
 def photo_crops(count: int, seed: int) -> list[Item]:
+    from sklearn.datasets import load_sample_images
+
     photos = load_sample_images()
     random = np.random.default_rng(seed)
 

@@ -18,14 +18,14 @@ CONNECT_SECONDS = 5  # how long a server may be silent before it counts as out o
 def hub_or_cache() -> Iterator[None]:
     """Inside, Hugging Face code uses its cache alone if the hub does not answer; by itself it retries for a minute."""
     before = hub.HF_HUB_OFFLINE
-    hub.HF_HUB_OFFLINE = before or not _answers(hub.ENDPOINT)
+    hub.HF_HUB_OFFLINE = before or not answers(hub.ENDPOINT)
     try:
         yield
     finally:
         hub.HF_HUB_OFFLINE = before
 
 
-def _answers(url: str) -> bool:
+def answers(url: str) -> bool:
     try:
         urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=CONNECT_SECONDS).close()
     except urllib.error.HTTPError:

@@ -9,15 +9,11 @@ from functools import cache
 from io import BytesIO
 from pathlib import Path
 
-from scipy.io.matlab import loadmat  # scipy comes with scikit-learn
-from timm.data.imagenet_info import ImageNetInfo
-from torchvision.datasets.folder import IMG_EXTENSIONS
-
 from ..bounds import integer_of
 from ..errors import SbpatchError, one_line
 from ..reading import check_regular
 from .archives import members
-from .images import Item, file_item
+from .images import SUFFIXES, Item, file_item
 
 VAL_TAR, DEVKIT = "ILSVRC2012_img_val.tar", "ILSVRC2012_devkit_t12"
 MOST_ID, MOST_METADATA = 100_000, 64 << 20  # of the devkit's numbers for classes; bytes of one of its files
@@ -34,7 +30,7 @@ def imagenet_val(roots: Sequence[Path | str | None]) -> list[Item]:
                 continue
             wnids = sorted(d.name for d in folder.iterdir() if d.is_dir() and d.name in index)
             if wnids:
-                files = (f for w in wnids for f in sorted((folder / w).iterdir()) if f.suffix.lower() in IMG_EXTENSIONS)
+                files = (f for w in wnids for f in sorted((folder / w).iterdir()) if f.suffix.lower() in SUFFIXES)
                 return [file_item(f, folder, index[f.parent.name]) for f in files]
             flat = sorted(folder.glob("ILSVRC2012_val_*.JPEG"))
             if flat:
@@ -53,6 +49,8 @@ def imagenet_val(roots: Sequence[Path | str | None]) -> list[Item]:
 @cache
 def _index() -> dict[str, int]:
     """Class of each WordNet id."""
+    from timm.data.imagenet_info import ImageNetInfo  # slow to import, and only ImageNet needs it
+
     return {wnid: i for i, wnid in enumerate(ImageNetInfo().label_names())}
 
 
@@ -69,6 +67,8 @@ def _labelled(item: Item, name: str, labels: Mapping[str, int], place: Path) -> 
 
 def _labels(place: Path, index: Mapping[str, int]) -> dict[str, int]:
     """File name -> class, from val.txt or the devkit; its ids from 1 follow their own order, which meta.mat translates."""
+    from scipy.io.matlab import loadmat
+
     try:
         if (place / "val.txt").is_file():
             rows = (line.split() for line in (place / "val.txt").read_text().splitlines() if line.strip())

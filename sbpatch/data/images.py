@@ -26,6 +26,7 @@ from ..reading import check_regular, kind
 from .preprocessing import Preprocessing
 from .samples import pool, strided
 
+SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # those of torchvision too
 MOST_PIXELS = 1 << 27  # of an image, as it is stored and as it is resized: 400 MB in memory
 MOST_LABEL = (1 << 24) - 1
 CHECKED = 5000  # images that `check` decodes at most: about ten seconds

@@ -8,13 +8,12 @@ from typing import Any
 
 import torch
 from PIL.Image import Image
-from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.data.transforms_factory import create_transform
 from torch import Tensor
 
 from .. import bounds
 from ..errors import SbpatchError, one_line
 
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 LEAST_CROP, MOST_CROP = 0.05, 10.0  # of crop_pct
 LEAST_STD, MOST_MEAN = 1e-6, 1e6  # of values from 0 to 1, or from 0 to 255
 INTERPOLATIONS = ("bicubic", "bilinear", "nearest", "lanczos", "random")
@@ -43,8 +42,8 @@ class Preprocessing:
     input_size: tuple[int, int, int] = (3, 224, 224)
     interpolation: str = "bicubic"
     crop_pct: float = 0.9
-    mean: tuple[float, ...] = IMAGENET_DEFAULT_MEAN
-    std: tuple[float, ...] = IMAGENET_DEFAULT_STD
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
     crop_mode: str = "center"
 
     def to_dict(self) -> dict[str, Any]:
@@ -83,6 +82,8 @@ class Preprocessing:
 
     def transform(self) -> Callable[[Image], Tensor]:
         """The evaluation transform: an RGB image -> a float32 tensor of shape `input_size`."""
+        from timm.data.transforms_factory import create_transform  # slow to import, and only images need it
+
         transform: Callable[[Image], Tensor] = create_transform(**asdict(self), is_training=False)
         return transform
 

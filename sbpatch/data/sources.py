@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torchvision.datasets.folder import ImageFolder
 
 from ..errors import SbpatchError, one_line
 from .archives import archived_images, shards
@@ -175,6 +174,8 @@ def _of_split(files: list[Path], split: str) -> list[Path]:
 
 
 def _class_folders(root: Path) -> Found:
+    from torchvision.datasets.folder import ImageFolder  # slow to import, and only such data need it
+
     try:
         folder = ImageFolder(root)
     except (OSError, RuntimeError) as error:

@@ -7,8 +7,6 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
-import matplotlib
-from matplotlib.figure import Figure
 from rich.console import Group, JustifyMethod, RenderableType
 from rich.text import Text
 
@@ -72,6 +70,9 @@ def table(found: Found, title: str, chance: Chance) -> RenderableType:
 
 def plot(found: Found, path: Path, title: str, model: str) -> None:
     """Percent found at depth x length, a panel a variant."""
+    import matplotlib  # slow to import, and only plots need it
+    from matplotlib.figure import Figure
+
     matplotlib.use("Agg", force=False)
     names, depths = list(next(iter(found.values()))), _depths(found)
     figure = Figure(figsize=(len(names) * (2.2 + 0.8 * len(found)), 4.4), layout="constrained")

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import onnxruntime
 import torch
 from torch import Tensor, nn
 
@@ -94,6 +93,8 @@ def _write_onnx(model: nn.Module, inputs: Inputs, path: Path) -> None:
 
 
 def _open_onnx(path: Path) -> Exported:
+    import onnxruntime  # slow to import, and only this needs it
+
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
 
     def answer(x: Inputs) -> Tensor:

@@ -36,7 +36,7 @@ def image_preprocessing(processor: Any) -> Preprocessing:
     preprocessing = Preprocessing(
         input_size=(3, height, width),
         interpolation=INTERPOLATION[resample],
-        crop_pct=_share(height, size[0]),
+        crop_pct=crop_share(height, size[0]),
         mean=_three(processor.image_mean, "mean", -MOST_MEAN) if normalised else (0.0, 0.0, 0.0),
         std=_three(processor.image_std, "std", LEAST_STD) if normalised else (1.0, 1.0, 1.0),
         crop_mode="squash" if len(size) == 2 else "center",
@@ -73,7 +73,7 @@ def _edges(processor: Any, switch: str, key: str) -> tuple[int, ...]:
     return (size["shortest_edge"],) if size.keys() == {"shortest_edge"} else ()
 
 
-def _share(inner: int, outer: int) -> float:
+def crop_share(inner: int, outer: int) -> float:
     """inner / outer, such that `inner / share`, rounded down, is `outer` again."""
     share = inner / outer
     return share if math.floor(inner / share) == outer else math.nextafter(share, 0.0)

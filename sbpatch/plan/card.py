@@ -5,9 +5,6 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-import matplotlib
-from matplotlib.figure import Figure
-
 from .plan import Plan
 from .report import COLUMNS_EXPLAINED, checked, number, shape
 
@@ -90,6 +87,9 @@ def _table_head(*names: str) -> str:
 
 def plot_plan(plan: Plan, path: Path) -> None:
     """report.png: how diffuse each site is, where its budget goes, and what error that leaves."""
+    import matplotlib  # slow to import, and only plots need it
+    from matplotlib.figure import Figure
+
     matplotlib.use("Agg", force=False)
     patched = plan.patched
     measured = [s for s in plan.sites if s.entropy is not None]

@@ -6,14 +6,13 @@ import re
 from pathlib import Path
 from typing import Any
 
-import timm
 from huggingface_hub import HfApi, ModelCardData
 from huggingface_hub import constants as hub
 
 from ..data.preprocessing import TextPreprocessing
 from ..errors import SbpatchError, one_line
 from ..models.checkpoint import Checkpoint
-from ..models.load import EMBEDDED
+from ..models.load import EMBEDDED, is_timm_name
 from ..models.weights import LOAD_ERRORS, hub_snapshot
 from .patch import BASE_FOLDER, TENSORS_FILE, read_plan
 
@@ -31,7 +30,7 @@ def metadata(checkpoint: Checkpoint | None = None) -> dict[str, Any]:
     found["tags"] = [*TAGS, checkpoint.family]
     found["pipeline_tag"] = _task(checkpoint)
     name = checkpoint.name
-    if checkpoint.family == "timm" and timm.is_model(name.partition(".")[0]):
+    if checkpoint.family == "timm" and is_timm_name(name):
         found["base_model"] = f"timm/{name}"
     elif HUB_ID.fullmatch(name) and not Path(name).exists():
         found["base_model"] = name

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
-import timm
 import torch
 from pydantic import (
     BaseModel,
@@ -39,7 +39,7 @@ def versions() -> dict[str, str]:
     return {
         "sbpatch": __version__,
         "torch": torch.__version__,
-        "timm": timm.__version__,
+        "timm": version("timm"),
         "python": platform.python_version(),
     }
 

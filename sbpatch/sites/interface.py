@@ -9,10 +9,6 @@ their heads are repeated. Masks are made as for "sdpa". A model without a plan i
 
 from __future__ import annotations
 
-import sys
-from importlib.abc import Loader, MetaPathFinder
-from importlib.machinery import ModuleSpec
-from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
@@ -22,7 +18,6 @@ from ..errors import SbpatchError
 from .calls import Call
 
 NAME = "scatterbrain"
-HOME = "transformers.modeling_utils"  # where the registry of attention functions lives
 
 
 def attention(
@@ -88,44 +83,9 @@ def dismiss(model: nn.Module) -> None:
             del module.sbpatch_plan
 
 
-# -- registration ----------------------------------------------------------------------------------------------------
-
-
-def register() -> None:
-    """Make the implementation known to transformers: now, or as soon as it is imported, which takes seconds."""
-    if HOME in sys.modules:
-        _register(sys.modules[HOME])
-    elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Finder())
-
-
-def _register(home: ModuleType) -> None:
+def register(registry: ModuleType) -> None:
+    """Make the implementation known to transformers, whose registry of attention functions is in `registry`."""
     from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-    home.AttentionInterface.register(NAME, attention)
+    registry.AttentionInterface.register(NAME, attention)
     AttentionMaskInterface.register(NAME, sdpa_mask)
-
-
-class _Finder(MetaPathFinder):
-    """Finds nothing of its own: lets the import of `HOME` run as it would, and registers after it."""
-
-    def find_spec(self, fullname: str, path: Any, target: ModuleType | None = None) -> ModuleSpec | None:
-        if fullname != HOME:
-            return None
-        sys.meta_path.remove(self)
-        spec = find_spec(fullname)
-        if spec is not None and spec.loader is not None:
-            spec.loader = _Loader(spec.loader)
-        return spec
-
-
-class _Loader(Loader):
-    def __init__(self, loader: Loader) -> None:
-        self.loader = loader
-
-    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
-        return self.loader.create_module(spec)
-
-    def exec_module(self, module: ModuleType) -> None:
-        self.loader.exec_module(module)
-        _register(module)

@@ -54,8 +54,8 @@ def test_buckets_are_balanced(n: int, bucket: int, rounds: int) -> None:
     """Every round's clusters hold `bucket` queries and as many keys, the last one the rest."""
     part = Lsh(Geometry(n, 1, 4), 0, bucket, rounds)
     q, k = torch.randn(2, 1, n, 4), torch.randn(2, 1, n, 4)
-    for order in part._order(q, k, None):
-        bucket_of = part._buckets(order, n)
+    for order in part.order(q, k, None):
+        bucket_of = part.buckets(order, n)
         for row in bucket_of.flatten(0, 2):
             sizes = torch.bincount(row)
             assert (sizes[:-1] == bucket).all()

@@ -85,5 +85,7 @@ def test_a_wrong_method_would_be_noticed(tmp_path: Path, agrees: Callable[..., S
 def test_every_name_the_page_uses_exists() -> None:
     text = PAGE.read_text(encoding="utf-8")
     folder = PAGE.parents[1] / "sbpatch" / "attention"
-    for name in re.findall(r"`(\w+\.py)`", text):
+    names = re.findall(r"`(\w+\.py)`", text)
+    assert names
+    for name in names:
         assert (folder / name).is_file(), name

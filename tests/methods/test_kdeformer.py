@@ -48,7 +48,7 @@ def test_sums_of_entries_and_of_values_are_unbiased() -> None:
 def test_long_values_are_sampled_more_often_and_count_less() -> None:
     _, _, v = uneven(64)
     part = build("kdeformer", 64, rank=4000).low_rank
-    drawn, times = part._sample(torch.full((1, 1, 1), 64), v)
+    drawn, times = part.sample(torch.full((1, 1, 1), 64), v)
     counts = torch.bincount(drawn.flatten(), minlength=64).double()
     rows = torch.cat((v[0, 0], torch.ones(64, 1)), -1).double()
     share = rows.norm(dim=-1) / torch.linalg.matrix_norm(rows, 2) + 1 / 64
@@ -73,5 +73,5 @@ def test_values_of_different_lengths_are_where_it_pays() -> None:
 def test_with_values_of_one_length_the_sample_is_uniform() -> None:
     _, _, v = uneven(64)
     same = torch.nn.functional.normalize(v, dim=-1)
-    _, times = build("kdeformer", 64).low_rank._sample(torch.full((1, 1, 1), 64), same)
+    _, times = build("kdeformer", 64).low_rank.sample(torch.full((1, 1, 1), 64), same)
     torch.testing.assert_close(times, torch.full_like(times, 64 / 16))

@@ -52,7 +52,7 @@ def test_pools_of_a_grid_are_rectangles(
 ) -> None:
     n = grid[0] * grid[1] + prefix
     layer = agrees("pooling", n, grid=grid, prefix=prefix, rank=9)
-    pool = layer.low_rank._pools(n, torch.device("cpu"))
+    pool = layer.low_rank.pools(n, torch.device("cpu"))
     assert len(pool.unique()) <= 9
     assert len(pool[:prefix].unique()) == min(1, prefix)
     assert not set(pool[:prefix].tolist()) & set(pool[prefix:].tolist())

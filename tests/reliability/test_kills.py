@@ -20,7 +20,7 @@ from conftest import QUICK
 from tiny import ROOT
 
 FEW, MANY, OF_AN_EXPORTER = 6, {"calibrate": 50, "export": 20, "finetune": 20}, 3  # kills in each test
-OVER_A_RESULT, OF_AN_EVAL = (0.0, 0.1, 0.2, 0.3, 0.4), (11.0, 16.0)  # seconds after which one comes
+OVER_A_RESULT, OF_AN_EVAL = (0.0, 0.1, 0.2, 0.3, 0.4), (8.0, 13.0)  # seconds after which one comes
 CALIBRATE = ["calibrate", "tiny.pth", "-o", "new", *QUICK, "--samples", "6"]
 
 
@@ -263,8 +263,8 @@ def test_a_stopped_run_ends_in_one_line(place, number, share):
         (0.5, ["inspect", "tiny.pth"]),
         (2.0, ["inspect", "tiny.pth"]),
         (4.0, CALIBRATE),
-        (9.0, ["eval", "out", "--dataset", "images", "--limit", "2"]),
-        (16.0, ["eval", "out", "--dataset", "images", "--limit", "2"]),
+        (7.0, ["eval", "out", "--dataset", "images", "--limit", "2"]),
+        (12.0, ["eval", "out", "--dataset", "images", "--limit", "2"]),
     ],
 )
 def test_an_interrupt_from_the_terminal(place, delay, arguments):
