@@ -58,7 +58,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "bench": bench_command,
     "finetune": finetune_command,
 }
-SHARED = ("calibrate", "eval", "compare", "finetune")  # that several processes share
+SHARED = ("calibrate", "eval", "compare", "analyze", "finetune")  # that several processes share
 for name, command in COMMANDS.items():
     app.command(name)(command)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -43,6 +43,11 @@ def samples(inputs: Inputs, start: int, stop: int) -> Inputs:
     if isinstance(inputs, Tensor):
         return inputs[start:stop]
     return {name: tensor[start:stop] for name, tensor in inputs.items()}
+
+
+def singles(batches: Sequence[Inputs]) -> list[Inputs]:
+    """All samples in their order, each a batch of its own."""
+    return [samples(one, i, i + 1) for one in batches for i in range(count(one))]
 
 
 def moved(inputs: Inputs, device: str | torch.device, dtype: torch.dtype) -> Inputs:
