@@ -10,13 +10,16 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from .errors import SbpatchError, one_line
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 T = TypeVar("T")
 PATIENCE = timedelta(days=7)  # for a process that lives; the connection to one that ended is closed at once
@@ -90,6 +93,12 @@ def count() -> int:
     return _here.size
 
 
+def count_here() -> int:
+    """How many of them are on this machine."""
+    size = os.environ.get("LOCAL_WORLD_SIZE", "")
+    return int(size) if size.isdecimal() and int(size) else launched()
+
+
 def place() -> int:
     """Which of the processes on its machine this one is."""
     number = os.environ.get("LOCAL_RANK", "0")
@@ -101,9 +110,14 @@ def is_first() -> bool:
     return _here.rank == 0
 
 
+def own() -> slice:
+    """Which items are this process's: r, r + size, r + 2 size, ... for rank r."""
+    return slice(_here.rank, None, _here.size)
+
+
 def share(items: Sequence[T]) -> Sequence[T]:
-    """This process's items: of r, r + size, r + 2 size, ... for rank r."""
-    return items[_here.rank :: _here.size]
+    """This process's items, see `own`."""
+    return items[own()]
 
 
 def gathered(value: Any) -> list[Any]:
@@ -112,12 +126,28 @@ def gathered(value: Any) -> list[Any]:
     Raises:
         SbpatchError: another process has ended.
     """
+    return [value] if _here.size == 1 else [json.loads(data) for data in _exchanged(json.dumps(value).encode())]
+
+
+def gathered_tensors(tensors: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
+    """The tensors of every process, by rank, on the CPU; as many and as large as each has.
+
+    Raises:
+        SbpatchError: another process has ended.
+    """
     if _here.size == 1:
-        return [value]
+        return [dict(tensors)]
+    from safetensors.torch import load, save
+
+    mine = save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()})
+    return [load(data) for data in _exchanged(mine)]
+
+
+def _exchanged(data: bytes) -> list[bytes]:
     import torch
     import torch.distributed as dist
 
-    mine = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+    mine = torch.frombuffer(bytearray(data), dtype=torch.uint8)
     try:
         sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(_here.size)]
         dist.all_gather(sizes, torch.tensor([len(mine)]))
@@ -128,13 +158,38 @@ def gathered(value: Any) -> list[Any]:
         raise SbpatchError(
             "another process of this run has ended, so this one cannot finish: nothing is written"
         ) from None
-    return [json.loads(bytes(x[: int(size)].numpy())) for x, size in zip(found, sizes, strict=True)]
+    return [bytes(x[: int(size)].numpy()) for x, size in zip(found, sizes, strict=True)]
 
 
 def in_order(shares: Sequence[Sequence[T]]) -> list[T]:
     """Shares that were gathered, as one list in the order of the items: `share` taken back."""
     most = max(map(len, shares))
     return [part[i] for i in range(most) for part in shares if i < len(part)]
+
+
+def rounds(items: Sequence[T]) -> list[Sequence[T]]:
+    """The items in their order, as many at a time as there are processes; of each round `share` is one item or none."""
+    return [items[i : i + _here.size] for i in range(0, len(items), _here.size)]
+
+
+@dataclass(frozen=True)
+class Teams:
+    """The processes shared out over the `items` of a round: each takes one, those that take the same one are its team."""
+
+    items: int
+
+    @property
+    def item(self) -> int:
+        """The item of this process."""
+        return _here.rank % self.items
+
+    def share(self, parts: Sequence[T]) -> Sequence[T]:
+        """This process's parts of the work on its item."""
+        return parts[_here.rank // self.items :: len(range(self.item, _here.size, self.items))]
+
+    def in_order(self, item: int, shares: Sequence[Sequence[T]]) -> list[T]:
+        """What was gathered of an item, in the order of its parts: `share` taken back."""
+        return in_order(shares[item :: self.items])
 
 
 def from_first(make: Callable[[], T]) -> T:

@@ -121,10 +121,10 @@ def test_a_cut_calibration_goes_on_and_ends_the_same(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         calibrate(t2t(), BATCHES, budget=0.1, min_tokens=64, journal=Journal(path, "a"), progress=cut_off)
     lines = path.read_text().splitlines()
-    assert len(lines) == 4  # the settings, the first look, the closer one, one batch of the rest
-    path.write_text("\n".join(lines) + '\n01234567 {"comparing the best 1": {"to')  # killed while it wrote
+    assert len(lines) == 6  # the settings, two samples of the first look and of the closer one, one of the rest
+    path.write_text("\n".join(lines) + '\n01234567 {"comparing the best, 2 samples": {"to')  # killed while it wrote
     journal = Journal(path, "a")
-    assert len(journal.found) == 3
+    assert len(journal.found) == 5
     assert calibrate(t2t(), BATCHES, budget=0.1, min_tokens=64, journal=journal).to_json() == whole.to_json()
     journal.close()
     assert not path.exists()

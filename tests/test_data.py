@@ -14,12 +14,16 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from huggingface_hub import constants as hub
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from scipy.io import savemat
 from sklearn.datasets import load_digits
 from timm.data.imagenet_info import ImageNetInfo
 
+from sbpatch.data import loading
 from sbpatch.data.preprocessing import Preprocessing
+from sbpatch.data.samples import Part
 from sbpatch.data.sources import batches, digits_split, open_images, sample_images
 from sbpatch.errors import SbpatchError
 
@@ -396,3 +400,54 @@ def test_batches_keep_order_and_the_short_last_one(tmp_path):
     sizes, targets = zip(*((len(x), y.tolist()) for x, y in batches(open_images(str(tmp_path), SMALL), 2)), strict=True)
     assert sizes == (2, 1)
     assert targets == ([0, 1], [2])
+
+
+@pytest.mark.parametrize("held", [0, 1 << 30])
+def test_a_set_that_is_gone_through_again_is_the_same(tmp_path, monkeypatch, held):
+    """Read anew or held; its bad samples are named once."""
+    monkeypatch.setattr(loading, "HELD", held)
+    root = folders(tmp_path / "images", ["a", "b"], each=3)
+    (root / "a" / "bad.JPEG").write_bytes(b"no image")
+    skipped: list[str] = []
+    again = loading.Again(open_images(str(root), SMALL), 4, "cpu", torch.float64, skipped)
+    first, second = list(again), list(again)
+    assert [y.tolist() for _, y in first] == [[0, 0, 0, 1], [1, 1]]
+    assert all(torch.equal(x, z) and torch.equal(y, w) for (x, y), (z, w) in zip(first, second, strict=True))
+    assert first[0][0].dtype == torch.float64
+    assert (again.count, len(skipped)) == (6, 1)
+    if held:
+        (root / "a" / "a_0.JPEG").unlink()
+        assert len(list(again)) == 2
+
+
+def test_a_part_is_read_by_workers_as_the_whole_is(tmp_path):
+    images = open_images(str(folders(tmp_path / "images", ["a", "b"], each=5)), SMALL)
+    part = Part(Part(images, range(9, -1, -1)), [1, 3, 5, 7, 8])
+    (alone,) = batches(part, 5)
+    for beside in (True, False):
+        (found,) = batches(part, 5, workers=2, beside=beside)
+        assert torch.equal(found[0], alone[0])
+        assert torch.equal(found[1], alone[1])
+    assert alone[1].tolist() == [images[i][1] for i in (8, 6, 4, 2, 1)]
+
+
+@settings(max_examples=30)
+@given(bad=st.sets(st.integers(0, 9)), count=st.integers(1, 10), seed=st.integers(0, 99))
+def test_good_samples_take_the_place_of_bad_ones(tmp_path_factory, bad, count, seed):
+    """Those that are drawn are the first good ones of the order that the seed gives, and bad ones before them are named."""
+    root = tmp_path_factory.mktemp("some")
+    folders(root, ["a", "b"], each=5)
+    files = sorted(root.rglob("*.JPEG"))
+    for i in bad:
+        files[i].write_bytes(b"no image")
+    order = torch.randperm(10, generator=torch.Generator().manual_seed(seed)).tolist()
+    good = [i for i in order if i not in bad]
+    skipped: list[str] = []
+    if len(good) < count:
+        with pytest.raises(SbpatchError, match=f"{len(good)} samples can be read, {count} were asked for"):
+            sample_images(str(root), SMALL, count, seed, skipped=skipped)
+        return
+    found = sample_images(str(root), SMALL, count, seed, skipped=skipped)
+    assert [item.where for item in found.items] == [str(files[i]) for i in good[:count]]
+    before = order[: order.index(good[count - 1])]
+    assert [line.split(" cannot")[0] for line in skipped] == [str(files[i]) for i in before if i in bad]

@@ -260,6 +260,18 @@ def test_finetune_writes_what_the_other_commands_take(calibrated, capsys):
     assert command("export", "out-finetuned", "--format", "safetensors", "-o", "copied", "--quiet") == 0
 
 
+def test_images_that_workers_decode_give_the_same_bits(calibrated, monkeypatch):
+    """Over two epochs, each step's batch in two pieces."""
+    found = []
+    for few in (64, 1):  # from more images than that on there are workers
+        monkeypatch.setattr("sbpatch.data.loading.FEW", few)
+        assert command(*TUNE, "--epochs", "2", "--accumulate", "2", "--json", "tuned.json") == 0
+        result = json.loads(Path("tuned.json").read_text())
+        found.append((result["losses"], result["validation"], Path("out-finetuned/model.safetensors").read_bytes()))
+    assert found[0] == found[1]
+    assert len(found[0][0]) > 2
+
+
 @pytest.mark.slow
 def test_eval_compares_base_patched_and_finetuned(calibrated):
     assert command(*TUNE, "--lr", "0.01", "--distill") == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 import torch
 import yaml
 from hub import TOKEN, served
+from PIL import Image
 from tiny import ROOT, checkpoint_of, plan_for, refused, t2t
 from transformers_coverage import FAMILIES
 
@@ -20,6 +22,7 @@ from sbpatch.models.checkpoint import Checkpoint
 from sbpatch.models.load import load_checkpoint
 from sbpatch.plan import artifact
 from sbpatch.plan.hub import front_matter, metadata
+from sbpatch.training import save
 
 # The library reads where the hub is once, as it is imported: so all of it in one process of its own.
 SCRIPT = """
@@ -64,6 +67,42 @@ def test_pushed_and_loaded_again(tmp_path):
     with torch.inference_mode():
         expected = sbpatch.load(tmp_path / "second")(images)
     assert torch.equal(torch.load(tmp_path / "found.pt", weights_only=True), expected)
+
+
+@pytest.mark.slow
+def test_eval_of_a_repository_is_that_of_the_directory(tmp_path):
+    """Patched, and fine-tuned with its base beside it; the second one's base is found though it lies in a folder."""
+    model = checkpoint_of(t2t(), tmp_path)
+    artifact.save(tmp_path / "patched", model, plan_for(model.model, "clusters"))
+    weights = {name: tensor + 0.01 for name, tensor in model.model.state_dict().items()}
+    save(tmp_path / "tuned", tmp_path / "patched", weights, {"steps": 1})
+    folders = tmp_path / "images"
+    for i, name in enumerate("abcde"):
+        (folders / name).mkdir(parents=True)
+        Image.new("RGB", (64, 64), (50 * i, 9 * i, 200)).save(folders / name / "0.png")
+    variants = {"patched": ["eager", "sdpa", "patched"], "tuned": ["eager", "sdpa", "patched", "finetuned"]}
+    with served() as hub:
+        own = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "cache")}
+        environment = os.environ | own | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        for name, expected in variants.items():
+            whole = tmp_path / name
+            files = [path for path in whole.rglob("*") if path.is_file()]
+            hub.repositories[f"me/{name}"] = {str(path.relative_to(whole)): path.read_bytes() for path in files}
+            found = []
+            for subject in (f"me/{name}", str(whole)):
+                arguments = ["eval", subject, "--dataset", str(folders), "--device", "cpu", "--json", "-", "--quiet"]
+                done = subprocess.run(
+                    [sys.executable, "-m", "sbpatch.cli", *arguments],
+                    env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300,
+                )  # fmt: skip
+                assert done.returncode == 0, done.stderr
+                found.append(json.loads(done.stdout))
+            hubs, local = found
+            assert hubs["model"] == local["model"]
+            assert list(hubs["variants"]) == expected
+            for variant in expected:
+                for figure in ("top1", "agreement", "attention_memory_bytes"):
+                    assert hubs["variants"][variant][figure] == local["variants"][variant][figure]
 
 
 def test_what_cannot_be_pushed_is_refused(tmp_path):

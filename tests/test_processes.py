@@ -6,18 +6,46 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from test_cli import jpeg, place, texts  # noqa: F401
 from tiny import ROOT, command
 
 from sbpatch import processes
+from sbpatch.study.oracles import process_sweep
 
-TIMED = ("latency_ms", "samples_per_second", "time_to_first_token_ms")
+TIMED = ("latency_ms", "samples_per_second", "time_to_first_token_ms", "ms", "robust_pca_ms", "median_time_ratio")
+# The command, which counts in a file of each process how often the exact model runs for what is measured.
+COUNTING = """
+import atexit, json, os
+from collections import Counter
+from sbpatch.calibration import refine, trial
+from sbpatch.cli import main
+
+runs = Counter()
+for module, name in ((trial, "observed"), (trial, "with_gradients"), (refine, "answer_gradients")):
+    def counted(*args, work=getattr(module, name), key=module.__name__.split(".")[-1] + "." + name, **options):
+        runs[key] += 1
+        return work(*args, **options)
+    setattr(module, name, counted)
+atexit.register(lambda: open(f"runs-{os.environ['RANK']}", "w").write(json.dumps(runs)))
+main()
+"""
+# The command with shorter sites and a shorter sweep.
+SHORT = """
+from functools import partial
+from sbpatch.cli import main
+from sbpatch.study import analyze
+
+analyze.TOKENS, analyze.process_sweep = 64, partial(analyze.process_sweep, betas=2)
+main()
+"""
 # What a process of another rank than 0 does in place of the comparison: nothing, as it is killed, or fails alone.
 STRICKEN = """
 import os, signal, sys
@@ -80,12 +108,33 @@ def test_shares_are_all_items_once_and_in_order_again(items, size):
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
+@given(st.integers(1, 9), st.data())
+def test_teams_do_every_part_of_every_item_once(size, data):
+    """The parts that the teams of a round have, put together again, are those of each item, in order."""
+    items = data.draw(st.integers(1, size))
+    parts = list(range(data.draw(st.integers(0, 12))))
+    shares, taken = [], []
+    for rank in range(size):
+        processes._here = processes.Group(rank, size)
+        teams = processes.Teams(items)
+        taken.append(teams.item)
+        shares.append(teams.share(parts))
+    assert set(taken) == set(range(items))
+    assert all(teams.in_order(item, shares) == parts for item in range(items))
+    assert [len(some) for some in processes.rounds(range(2 * size + items))] == [size, size, items][
+        : 2 + (items < size)
+    ] + ([size] if items == size else [])
+    processes._here = processes.ALONE
+
+
 def test_one_process_takes_all():
     assert processes.count() == 1
     assert processes.is_first()
     assert processes.share([1, 2, 3]) == [1, 2, 3]
     assert processes.gathered({"x": 0.1}) == [{"x": 0.1}]
     assert processes.from_first(lambda: 5) == 5
+    assert processes.rounds("abc") == ["a", "b", "c"]
+    assert processes.gathered_tensors({"x": torch.ones(2)})[0]["x"].tolist() == [1, 1]
 
 
 @pytest.mark.slow
@@ -116,6 +165,39 @@ def test_calibrate_of_three_processes_is_that_of_one():
     for name in ("sbpatch.json", "sbpatch.safetensors", "README.md", "model.safetensors"):
         assert Path("many", name).read_bytes() == Path("one", name).read_bytes()
     assert sorted(path.name for path in Path().iterdir()) == ["images", "many", "one", "tiny.pth"]
+
+
+@pytest.mark.slow
+def test_the_exact_model_runs_once_a_sample_whatever_the_number_of_processes():
+    """For the entropy and in learning; for the gradients at first on two samples, twice, then on the others."""
+    Path("counting.py").write_text(COUNTING)
+    args = ["calibrate", "tiny.pth", "--samples", "8", "--budget", "0.2", "--data", "images", "--keep-slow"]
+    done = launched(2, *args, "--dry-run", "--method", "clusters", "--device", "cpu", program=("counting.py",))
+    assert done.returncode == 0, done.stderr[-2000:]
+    runs = [json.loads(Path(f"runs-{rank}").read_text()) for rank in range(2)]
+    assert [run["trial.observed"] for run in runs] == [4, 4]
+    assert [run["trial.with_gradients"] for run in runs] == [5, 5]
+    assert [run["refine.answer_gradients"] for run in runs] == [4, 4]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 3])
+def test_analyze_of_several_processes_is_that_of_one(count):
+    """Three samples: with two processes the second has none in the last round."""
+    Path("short.py").write_text(SHORT)
+    args = ["analyze", "tiny.pth", "--data", "images", "--samples", "3", "--device", "cpu"]
+    done = launched(count, *args, "-o", "many", "--json", "many.json", program=("short.py",))
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("written to many") == 1
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sbpatch.study.analyze.TOKENS", 64)
+        patch.setattr("sbpatch.study.analyze.process_sweep", partial(process_sweep, betas=2))
+        assert command(*args, "-o", "one", "--quiet") == 0
+    one, many = (without_times(json.loads(Path(name, "analysis.json").read_text())) for name in ("one", "many"))
+    assert many == one
+    assert without_times(json.loads(Path("many.json").read_text())) == many
+    assert len(one["points"]) == 9  # three sites of one head
+    assert sorted(path.name for path in Path("many").iterdir()) == sorted(path.name for path in Path("one").iterdir())
 
 
 @pytest.mark.slow

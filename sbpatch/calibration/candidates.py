@@ -59,11 +59,6 @@ class Candidate:
         return GAINS if self.joined and isinstance(self.layer, Scatterbrain) and self.layer.gain is not None else (0.0,)
 
     @property
-    def sums(self) -> Tensor:
-        """All sums, (3, gains, H)."""
-        return torch.stack((self.error_sum, self.damage_sum, self.together_sum))
-
-    @property
     def best(self) -> Tensor:
         """Index of each head's gain of least damage, (1, H)."""
         return self.damage_sum.argmin(0, keepdim=True)
@@ -104,15 +99,21 @@ class Candidate:
             raise SbpatchError("--objective time needs the times of a cost table")
         return self.ms / self.layer.site.heads
 
-    def observe(self, call: Call, exact: Tensor, gradient: Tensor) -> None:
-        """Run the layer on a plain call and add up how far it is from `exact` (B, H, n, d)."""
-        for i, output in enumerate(self._outputs(call)):
+    def measured(self, call: Call, exact: Tensor, gradient: Tensor) -> Tensor:
+        """Run the layer on a plain call: (3, gains, H) sums over samples of how far it is from `exact` (B, H, n, d)."""
+        found = []
+        for output in self._outputs(call):
             output = output.to(exact.dtype)
-            self.error_sum[i] += output_error(output, exact, call.query_mask).sum(0).double().cpu()
-            apart, together = (x.sum(0).double().cpu() for x in damages(output, exact, gradient))
-            self.damage_sum[i] += apart
-            self.together_sum[i] += together
-        self.seen += len(exact)
+            error = output_error(output, exact, call.query_mask)
+            found.append(torch.stack([x.sum(0).double().cpu() for x in (error, *damages(output, exact, gradient))]))
+        return torch.stack(found, 1)
+
+    def add(self, sums: Tensor, samples: int) -> None:
+        """Take in what was `measured` on so many samples."""
+        self.error_sum += sums[0]
+        self.damage_sum += sums[1]
+        self.together_sum += sums[2]
+        self.seen += samples
 
     def _outputs(self, call: Call) -> Iterator[Tensor]:
         if len(self.gains) == 1 or not isinstance(self.layer, Scatterbrain) or self.layer.gain is None:

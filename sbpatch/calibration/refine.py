@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import processes
 from ..attention import Scatterbrain
 from ..attention.per_head import Layer, PerHead
 from ..data import batch
@@ -41,38 +42,46 @@ def learn(
 ) -> Plan:
     """The plan with the learned tensors that are better on samples they were not learned on.
 
-    Gradients of all samples are held meanwhile: `GRADIENTS_KEPT` numbers for each number that the patched sites put out.
+    Gradients of the samples are held meanwhile: `GRADIENTS_KEPT` numbers for each number that the patched sites put out.
+    Several processes share the samples, and what they find is added up in the samples' order.
     """
     layers = {name: layer.to(batch.device(batches[0])) for name, layer in plan.layers().items()}
     layers = {name: layer for name, layer in layers.items() if factors_of(layer)}
-    singles = [batch.samples(one, i, i + 1) for one in batches for i in range(batch.count(one))]
+    singles = batch.singles(batches)
     if not layers or len(singles) < 2:
         return plan
-    seeds = range(plan.seed * 1000 + 500, plan.seed * 1000 + 500 + len(singles))
-    gradients = [
-        answer_gradients(model, list(layers), one, answer, s, at_most=GRADIENTS_KEPT)
-        for one, s in zip(singles, seeds, strict=True)
-    ]
     causal = {site.name: site.causal for site in plan.patched}
     search, confirm = range(0, len(singles), 2), range(1, len(singles), 2)
+    seed = plan.seed * 1000 + 500
+    gradients = {
+        i: answer_gradients(model, list(layers), singles[i], answer, seed + i, at_most=GRADIENTS_KEPT)
+        for which in (search, confirm)
+        for i in processes.share(which)
+    }
 
     def damages(which: Sequence[int], tried: Mapping[str, Sequence[Factors]]) -> dict[str, Tensor]:
         """Damage of each set of factors at each site: {name: (sets, H)}."""
-        found = {
-            name: torch.zeros(len(sets), layers[name].site.heads, dtype=torch.float64) for name, sets in tried.items()
-        }
+        own: list[dict[str, list[list[float]]]] = []  # by sample
 
         def watcher(name: str, gradient: Tensor) -> Watcher:
             def watch(call: Call, output: Tensor) -> None:
-                for i, factors in enumerate(tried[name]):
+                own[-1][name] = []
+                for factors in tried[name]:
                     set_factors(layers[name], factors)
-                    found[name][i] += damage(call.through(layers[name]), output, gradient).sum(0).double().cpu()
+                    found = damage(call.through(layers[name]), output, gradient).sum(0).double()
+                    own[-1][name].append(found.tolist())
 
             return watch
 
-        for i in which:
+        for i in processes.share(which):
+            own.append({})
             observed(model, singles[i], {name: watcher(name, gradients[i][name]) for name in tried}, causal)
-        return {name: _shared(sums, layers[name].site.group) for name, sums in found.items()}
+        every = processes.in_order(processes.gathered(own))
+        sums = {name: torch.zeros(len(sets), layers[name].site.heads).double() for name, sets in tried.items()}
+        for name, total in sums.items():
+            for one in every:
+                total += torch.tensor(one[name], dtype=torch.float64)
+        return {name: _shared(total, layers[name].site.group) for name, total in sums.items()}
 
     start = {name: factors_of(layer) for name, layer in layers.items()}
     factors = {name: dict(values) for name, values in start.items()}

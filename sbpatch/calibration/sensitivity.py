@@ -46,14 +46,21 @@ def answer_gradients(
 
 
 def with_gradients(
-    model: nn.Module, names: Sequence[str], inputs: Inputs, answer: Answer, seed: int, at_most: int | None = None
+    model: nn.Module,
+    names: Sequence[str],
+    inputs: Inputs,
+    answer: Answer,
+    seed: int,
+    at_most: int | None = None,
+    place: tuple[int, int] | None = None,
 ) -> dict[str, Seen]:
     """One forward pass of the exact model, and one backward pass for each of R random directions of the answer.
 
     R is that of `DIRECTIONS`, or `at_most`. The calls of all sites are held, as they are for the backward pass anyway.
 
     Logits over a vocabulary: log p of a token drawn from the model's own distribution, summed over positions. Class logits
-    and features: a Gaussian direction, so that confident answers count as much as doubtful ones.
+    and features: a Gaussian direction, so that confident answers count as much as doubtful ones. Where the samples are a part
+    of a batch, `place` says behind how many they come in it, and how many it has: then they get the draws that they have there.
     """
     calls: dict[str, Call] = {}
     outputs: dict[str, Tensor] = {}
@@ -76,7 +83,7 @@ def with_gradients(
         swapped(model, {name: recorder(name) for name in names}),  # type: ignore[misc]
     ):
         count = min(DIRECTIONS[answer], at_most or DIRECTIONS[answer])
-        directions = _directions(run(model, inputs), inputs, answer, seed, count)
+        directions = _directions(run(model, inputs), inputs, answer, seed, count, place)
         reached = {name: outputs[name] for name in names if name in outputs}
         found = [
             torch.autograd.grad(  # the last pass frees the activations on its way, as a text's only one must
@@ -103,27 +110,35 @@ def damages(output: Tensor, exact: Tensor, gradient: Tensor) -> tuple[Tensor, Te
     return torch.stack(apart).mean(0), torch.stack(together).mean(0)
 
 
-def _directions(answers: Tensor, inputs: Inputs, answer: Answer, seed: int, count: int) -> list[Tensor]:
+def _directions(
+    answers: Tensor, inputs: Inputs, answer: Answer, seed: int, count: int, place: tuple[int, int] | None
+) -> list[Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    return [_direction(answers, inputs, answer, generator) for _ in range(count)]
-
-
-def _direction(answers: Tensor, inputs: Inputs, answer: Answer, generator: torch.Generator) -> Tensor:
+    start, whole = place or (0, len(answers))
+    own = slice(start, start + len(answers))
     if answer in ("next-token", "tokens"):
-        logits = answers.flatten(0, 1)  # (B * n, vocabulary)
-        if not isinstance(inputs, Tensor) and "attention_mask" in inputs:
-            logits = logits[inputs["attention_mask"].flatten().bool()]
-        with torch.no_grad():  # a token of each position by the inverse of its distribution function
-            uniform = torch.rand(len(logits), generator=generator).to(logits.device)
-            rows = zip(logits.split(256), uniform.split(256), strict=True)
-            drawn = torch.cat(
-                [torch.searchsorted(x.float().softmax(-1).cumsum(-1), u[:, None] * 0.999999)[:, 0] for x, u in rows]
-            )
-        return -nn.functional.cross_entropy(logits.float(), drawn, reduction="sum")
+        draws = [torch.rand(whole, answers.shape[1], generator=generator)[own] for _ in range(count)]
+        return [_of_tokens(answers, inputs, uniform.to(answers.device)) for uniform in draws]
     values = (
         embedding(answers, inputs) if answer == "features" else answers.float() - answers.float().mean(-1, keepdim=True)
     )
-    return (values * torch.randn(values.shape, generator=generator, dtype=values.dtype).to(values.device)).sum()
+    shape = whole, *values.shape[1:]
+    normal = [torch.randn(shape, generator=generator, dtype=values.dtype)[own] for _ in range(count)]
+    return [(values * x.to(values.device)).sum() for x in normal]
+
+
+def _of_tokens(logits: Tensor, inputs: Inputs, uniform: Tensor) -> Tensor:
+    """log p of a token drawn at each real position by `uniform` (B, n), summed: logits (B, n, vocabulary) -> a number."""
+    logits, uniform = logits.flatten(0, 1), uniform.flatten()  # (B * n, vocabulary), (B * n,)
+    if not isinstance(inputs, Tensor) and "attention_mask" in inputs:
+        real = inputs["attention_mask"].flatten().bool()
+        logits, uniform = logits[real], uniform[real]
+    with torch.no_grad():  # a token of each position by the inverse of its distribution function
+        rows = zip(logits.split(256), uniform.split(256), strict=True)
+        drawn = torch.cat(
+            [torch.searchsorted(x.float().softmax(-1).cumsum(-1), u[:, None] * 0.999999)[:, 0] for x, u in rows]
+        )
+    return -nn.functional.cross_entropy(logits.float(), drawn, reduction="sum")
 
 
 @contextmanager

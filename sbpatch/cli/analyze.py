@@ -8,7 +8,7 @@ from typing import Annotated
 import torch
 import typer
 
-from .. import bounds
+from .. import bounds, processes
 from ..study import analyze
 from ..writing import json_text
 from .flags import (  # fmt: skip
@@ -21,6 +21,7 @@ from .flags import (  # fmt: skip
     Model,
     Quiet,
     Seed,
+    SkipBad,
     Source,
     check_places,
     input_batches,
@@ -29,6 +30,7 @@ from .flags import (  # fmt: skip
     out,
     progress_bars,
     unpadded_set,
+    with_skipped,
     write_json,
 )
 
@@ -40,6 +42,7 @@ def analyze_command(
     length: Length = None,
     source: Source = None,
     data_dir: DataDir = None,
+    skip_bad: SkipBad = False,
     checkpoint: CheckpointFile = None,
     device: DeviceFlag = Device.auto,
     seed: Seed = 0,
@@ -49,13 +52,15 @@ def analyze_command(
     analyze.check_output(output)
     check_places(json_file, inputs=(model, source, data_dir, checkpoint), directory=output)
     loaded = open_model(model, checkpoint, length=length)
-    data = unpadded_set(loaded, source, samples, seed, data_dir)
+    skipped: list[str] | None = [] if skip_bad else None
+    data = unpadded_set(loaded, source, samples, seed, data_dir, skipped)
     where = device.resolve()
     loaded.model.to(where)
     inputs = input_batches(loaded, data, where, torch.float32)
     result = analyze.analyze(loaded, inputs, seed=seed, progress=progress_bars(quiet))
-    analyze.write(result, output)
-    if not quiet:
+    if processes.is_first():
+        analyze.write(result, output)
+    if not quiet and processes.is_first():
         out.print(analyze.table(result))
         out.print(f"written to {output}: {', '.join(sorted(p.name for p in output.iterdir()))}")
-    write_json(json_file, json_text(result))
+    write_json(json_file, json_text(with_skipped(result, skipped, quiet)))

@@ -30,6 +30,7 @@ from .flags import (  # fmt: skip
     JsonFile,
     Quiet,
     Seed,
+    SkipBad,
     Source,
     check_places,
     integer,
@@ -39,6 +40,7 @@ from .flags import (  # fmt: skip
     out,
     progress_bars,
     unpadded_set,
+    with_skipped,
     write_json,
     write_plot,
 )
@@ -51,6 +53,7 @@ def bench_command(
     ] = None,
     source: Source = None,
     data_dir: DataDir = None,
+    skip_bad: SkipBad = False,
     checkpoint: CheckpointFile = None,
     site: Annotated[
         str | None, typer.Option("--site", help="only sites of MODEL whose name matches this pattern")
@@ -85,26 +88,27 @@ def bench_command(
     options: dict[str, Any] = {"budget": budget, "seed": seed, "progress": progress_bars(quiet)}
     settings = {"device": device_name(where), "dtype": dtype.value, "versions": versions()}
     replayed = ", replays of CUDA graphs" if where == "cuda" else ""
+    skipped: list[str] | None = [] if skip_bad else None
     if model is None:
-        _refuse_without_model(source, data_dir, checkpoint, site, input_size)
+        _refuse_without_model(source, data_dir, checkpoint, site, input_size, skip_bad or None)
         options |= {"heads": heads or 4, "head_dim": head_dim or 64, "batch": batch, "causal": causal}
         subject = f"one call, {batch} x {heads or 4} heads x {head_dim or 64}" + (", causal" if causal else "")
         rows = bench.bench(wanted or bench.LENGTHS, names, device=where, dtype=kind, **options)
     else:
         _refuse_with_model(heads, head_dim, causal)
         loaded = open_model(model, checkpoint, input_size)
-        pairs = _bench_samples(loaded, wanted, source, seed, data_dir, batch, where, kind)
+        pairs = _bench_samples(loaded, wanted, source, seed, data_dir, batch, where, kind, skipped)
         settings["model"] = subject = loaded.name
         rows = bench_model.bench_model(loaded.model.to(where, kind), pairs, names, pattern=site or "*", **options)
     title = f"{subject}, {settings['device']}, {dtype.value}{replayed}"
     if not quiet:
         out.print(bench_report.table(rows, title))
     write_plot(plot, lambda fresh: bench_report.plot(rows, fresh, title))
-    write_json(json_file, json_text(settings | {"rows": rows}))
+    write_json(json_file, json_text(with_skipped(settings | {"rows": rows}, skipped, quiet)))
 
 
 def _refuse_without_model(*given: object) -> None:
-    flags = ("--data", "--data-dir", "--checkpoint", "--site", "--input-size")
+    flags = ("--data", "--data-dir", "--checkpoint", "--site", "--input-size", "--skip-bad")
     if wrong := [flag for flag, value in zip(flags, given, strict=True) if value is not None]:
         raise SbpatchError(f"{', '.join(wrong)} without a MODEL: name one, as in sbpatch bench t2t-vit-demo")
 
@@ -124,11 +128,12 @@ def _bench_samples(
     batch: int,
     device: str,
     dtype: torch.dtype,
+    skipped: list[str] | None,
 ) -> list[tuple[Inputs, Inputs]]:
     """Two batches a length, one to measure on and one to fit on; texts without padding."""
     subjects = [loaded] if lengths is None else [at_length(loaded, tokens) for tokens in lengths]
     found = []
     for subject in subjects:
-        one, other = batches(unpadded_set(subject, source, 2 * batch, seed, data_dir), batch)
+        one, other = batches(unpadded_set(subject, source, 2 * batch, seed, data_dir, skipped), batch)
         found.append((moved(one[0], device, dtype), moved(other[0], device, dtype)))
     return found

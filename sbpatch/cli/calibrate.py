@@ -17,7 +17,7 @@ from ..errors import printable
 from ..plan import artifact, report
 from ..plan.plan import versions
 from ..plan.recipe import Allocation, Objective, read_recipe
-from ..writing import beside
+from ..writing import beside, json_text
 from .flags import (  # fmt: skip
     CheckpointFile,
     DataDir,
@@ -31,6 +31,7 @@ from .flags import (  # fmt: skip
     Model,
     Quiet,
     Seed,
+    SkipBad,
     Source,
     calibration_set,
     check_places,
@@ -42,6 +43,7 @@ from .flags import (  # fmt: skip
     out,
     progress_bars,
     size_of,
+    with_skipped,
     write_json,
 )
 
@@ -105,6 +107,7 @@ def calibrate_command(
         bool, typer.Option("--refine", help="tune the patch further to match each site's output; takes minutes")
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="show the plan, write nothing")] = False,
+    skip_bad: SkipBad = False,
     input_size: InputSize = None,
     length: Length = None,
     device: DeviceFlag = Device.auto,
@@ -121,7 +124,8 @@ def calibrate_command(
     read = (source or settings.data, data_dir, checkpoint, recipe, cost_table)
     check_places(json_file, inputs=(model, *read), directory=None if dry_run else output)
     loaded = open_model(model, checkpoint, input_size, length)
-    data = calibration_set(loaded, source or settings.data, samples, seed, data_dir)
+    skipped: list[str] | None = [] if skip_bad else None
+    data = calibration_set(loaded, source or settings.data, samples, seed, data_dir, skipped)
     where, kind = device.resolve(), getattr(torch, dtype.value)
     options: dict[str, Any] = {
         "budget": settings.budget if budget is None else budget,
@@ -170,4 +174,4 @@ def calibrate_command(
         out.print(
             f"written to {output}: plan, weights, model card and report.png; next: sbpatch eval {output} --dataset NAME"
         )
-    write_json(json_file, plan.to_json())
+    write_json(json_file, json_text(with_skipped(json.loads(plan.to_json()), skipped, quiet)))

@@ -56,7 +56,7 @@ COMMANDS = {
         "Train the weights of a patched model with its patch in place, and write the state with the lowest validation loss.",
     ),
 }
-SHARED = ("calibrate", "eval", "compare", "finetune")  # that several processes share
+SHARED = ("calibrate", "eval", "compare", "analyze", "finetune")  # that several processes share
 
 
 class Commands(TyperGroup):

@@ -10,8 +10,7 @@ import typer
 
 from .. import bounds
 from ..attention import parse_method
-from ..data.batch import moved
-from ..data.loading import batches
+from ..data.loading import Again
 from ..errors import SbpatchError
 from ..measure import device_name
 from ..plan.plan import versions
@@ -31,6 +30,7 @@ from .flags import (  # fmt: skip
     Model,
     Quiet,
     Seed,
+    SkipBad,
     Source,
     calibration_set,
     check_places,
@@ -41,6 +41,7 @@ from .flags import (  # fmt: skip
     open_model,
     out,
     progress_bars,
+    with_skipped,
     write_json,
     write_plot,
 )
@@ -78,6 +79,7 @@ def compare_command(
     ] = None,
     source: Source = None,
     data_dir: DataDir = None,
+    skip_bad: SkipBad = False,
     checkpoint: CheckpointFile = None,
     device: DeviceFlag = Device.auto,
     dtype: DtypeFlag = Dtype.float32,
@@ -93,14 +95,16 @@ def compare_command(
             parse_method(name)
     rules = [_allocation(text.strip()) for text in allocations.split(",")] if allocations is not None else []
     loaded = open_model(model, checkpoint, length=length)
-    data = evaluation_set(loaded, dataset, data_dir=data_dir, limit=limit)
+    skipped: list[str] | None = [] if skip_bad else None
+    data = evaluation_set(loaded, dataset, data_dir=data_dir, limit=limit, skipped=skipped)
     batch_size = batch_size or default_batch(loaded)
-    sample = calibration_set(loaded, source, samples, seed, data_dir)
+    sample = calibration_set(loaded, source, samples, seed, data_dir, skipped)
     where, kind = device.resolve(), getattr(torch, dtype.value)
+    evaluation = Again(data, batch_size, where, kind, skipped)
     rows = compare.compare(
         loaded.model.to(where, kind),
         input_batches(loaded, sample, where, kind),
-        [(moved(x, where, kind), y) for x, y in batches(data, batch_size)],
+        evaluation,
         methods=names,
         budgets=shares,
         answer=loaded.answer,
@@ -108,19 +112,20 @@ def compare_command(
         seed=seed,
         progress=progress_bars(quiet),
     )
-    title = f"{loaded.name} on {data.name}, {len(data)} samples, {device_name(where)}, {dtype.value}"
+    title = f"{loaded.name} on {data.name}, {evaluation.count} samples, {device_name(where)}, {dtype.value}"
     if not quiet:
         out.print(compare.table(rows, title))
     write_plot(plot, lambda fresh: compare.plot(rows, fresh, title))
     settings = {
         "model": loaded.name,
         "dataset": data.name,
-        "samples": len(data),
+        "samples": evaluation.count,
         "batch_size": batch_size,
         "seed": seed,
     }
     device_used = {"device": device_name(where), "dtype": dtype.value, "versions": versions()}
-    write_json(json_file, json_text(settings | device_used | {"rows": rows}))
+    result = settings | device_used | {"rows": rows}
+    write_json(json_file, json_text(with_skipped(result, skipped, quiet)))
 
 
 def _share(text: str) -> float:

@@ -13,9 +13,9 @@ from ..data.retrieval import NAMES as RETRIEVAL
 from ..errors import SbpatchError
 from ..evaluation import Subject, accounting, evaluate
 from ..measure import device_name
-from ..plan import report
+from ..plan import hub, report
 from ..plan.patch import read_plan
-from ..plan.plan import PLAN_FILE, versions
+from ..plan.plan import versions
 from ..writing import json_text
 from .decoding import check_generate, decoding_figures
 from .flags import (  # fmt: skip
@@ -30,6 +30,7 @@ from .flags import (  # fmt: skip
     Length,
     Quiet,
     Seed,
+    SkipBad,
     check_places,
     default_batch,
     evaluation_set,
@@ -38,6 +39,7 @@ from .flags import (  # fmt: skip
     open_model,
     out,
     progress_bars,
+    with_skipped,
     write_json,
 )
 from .retrieval import retrieval_figures
@@ -64,9 +66,7 @@ def eval_command(
         int | None,
         integer("--batch-size", most=bounds.BATCH, help="samples per batch; default: 8, for causal models 1"),
     ] = None,
-    skip_bad: Annotated[
-        bool, typer.Option("--skip-bad", help="leave out samples that cannot be read, and report them")
-    ] = False,
+    skip_bad: SkipBad = False,
     generate: Annotated[
         int,
         integer(
@@ -89,7 +89,8 @@ def eval_command(
     _refuse_flags(dataset, {"--lengths": lengths, "--plot": plot}, {"--generate": generate, "--stride": stride})
     check_places(json_file, plot, inputs=(model, dataset, data_dir, checkpoint))
     several = None if lengths is None else lengths_of(lengths)
-    plan = read_plan(Path(model)) if model == "sbpatch-out" or (Path(model) / PLAN_FILE).is_file() else None
+    folder = Path(model) if model == "sbpatch-out" else hub.patched(model)
+    model, plan = (model, None) if folder is None else (str(folder), read_plan(folder))
     loaded = open_model(model, checkpoint, length=length, plan=plan)
     subject = Subject(model, checkpoint, loaded.answer, device.resolve(), dtype.value)
     if dataset in RETRIEVAL:
@@ -129,8 +130,6 @@ def eval_command(
     }
     if processes.count() > 1:
         result["processes"] = processes.count()
-    if skipped is not None:
-        result["skipped"], result["skipped_samples"] = len(skipped), skipped
     if tokens is not None:
         result["length"] = tokens
     if plan and plan.input_size and tokens not in (None, *plan.input_size):
@@ -139,7 +138,7 @@ def eval_command(
         decoding_figures(subject, loaded, data, generate, result, quiet)
     if not quiet:
         out.print(report.eval_table(result))
-    write_json(json_file, json_text(result))
+    write_json(json_file, json_text(with_skipped(result, skipped, quiet)))
 
 
 def _refuse_flags(dataset: str, of_tasks: dict[str, object], of_text: dict[str, object]) -> None:

@@ -26,11 +26,13 @@ from .flags import (  # fmt: skip
     JsonFile,
     Quiet,
     Seed,
+    SkipBad,
     default_batch,
     open_model,
     out,
     progress_bars,
     training_set,
+    with_skipped,
     write_json,
 )
 
@@ -71,6 +73,7 @@ def finetune_command(
     validation: Annotated[
         int, typer.Option("--validation", min=1, help="samples set aside to select the best state")
     ] = 64,
+    skip_bad: SkipBad = False,
     resume: Annotated[bool, typer.Option("--resume", help="continue the interrupted run to this output")] = False,
     device: DeviceFlag = Device.auto,
     dtype: Annotated[Dtype, typer.Option("--dtype", help="dtype of activations; weights stay float32")] = Dtype.float32,
@@ -84,7 +87,8 @@ def finetune_command(
     artifact.check_output(target)
     plan = read_plan(directory)
     loaded = open_model(str(directory), plan=plan)
-    samples, aside = divided(training_set(loaded, dataset, data_dir, limit), validation, seed)
+    skipped: list[str] | None = [] if skip_bad else None
+    samples, aside = divided(training_set(loaded, dataset, data_dir, limit, skipped), validation, seed)
     settings = Settings(
         epochs or 1, steps, lr, batch_size or default_batch(loaded), accumulate, train, lora_rank, distill,
         checkpointing, dtype.value, seed,
@@ -114,7 +118,7 @@ def finetune_command(
         "trained_parameters": result.trained, "losses": result.losses,
         "validation": result.progress.validations, "best": best,
     }  # fmt: skip
-    write_json(json_file, json_text(answer))
+    write_json(json_file, json_text(with_skipped(answer, skipped, quiet)))
 
 
 def _table(plan: Plan, result: Result) -> Table:

@@ -28,6 +28,7 @@ from .results import check_places as check_places
 from .results import err as err
 from .results import json_place
 from .results import out as out
+from .results import with_skipped as with_skipped
 from .results import write_json as write_json
 from .results import write_plot as write_plot
 
@@ -104,6 +105,12 @@ JsonFile = Annotated[
     Path | None,
     typer.Option("--json", help="write the result to this file, - for standard output", callback=json_place),
 ]
+SkipBad = Annotated[
+    bool,
+    typer.Option(
+        "--skip-bad", help="count, name and leave out samples that cannot be read; else the first is an error"
+    ),
+]
 Quiet = Annotated[bool, typer.Option("--quiet", help="no tables, no progress bars")]
 
 
@@ -161,11 +168,17 @@ def size_of(loaded: Checkpoint) -> list[int]:
 
 
 def calibration_set(
-    loaded: Checkpoint, source: str | None, count: int, seed: int, data_dir: Path | None = None
+    loaded: Checkpoint,
+    source: str | None,
+    count: int,
+    seed: int,
+    data_dir: Path | None = None,
+    skipped: list[str] | None = None,
 ) -> Samples:
     """`count` samples of a kind that the model takes, of a source's training part.
 
     Without a source: the demo's own digits, the photographs that scikit-learn ships, or Python's language reference.
+    `skipped` takes a line for each that is bad, and others are drawn in their place; None: the first is an error.
 
     Raises:
         SbpatchError: the source cannot be read, has too few, or is of the other kind.
@@ -173,8 +186,8 @@ def calibration_set(
     preprocessing = loaded.preprocessing
     if isinstance(preprocessing, Preprocessing):
         source = source or ("demo" if loaded.name == DEMO else None)
-        return sample_images(source, preprocessing, count, seed, data_dir=data_dir)
-    text = texts.open_text(source or "python-docs", data_dir=data_dir, split="train")
+        return sample_images(source, preprocessing, count, seed, data_dir=data_dir, skipped=skipped)
+    text = texts.open_text(source or "python-docs", data_dir=data_dir, split="train", skipped=skipped)
     draw = tokens.sample_windows if loaded.answer == "next-token" else tokens.sample_passages
     return draw(text, preprocessing, count, seed)
 
@@ -212,19 +225,40 @@ def evaluation_set(
     return tokens.passages(text, preprocessing, limit=limit)
 
 
-def training_set(loaded: Checkpoint, source: str, data_dir: Path | None = None, limit: int | None = None) -> Samples:
+def training_set(
+    loaded: Checkpoint,
+    source: str,
+    data_dir: Path | None = None,
+    limit: int | None = None,
+    skipped: list[str] | None = None,
+) -> Samples:
     """The samples of a source's training part, or `limit` of them spread evenly: images, windows or paragraphs of a text.
+
+    `skipped` takes a line for each that is bad, which is left out; every image is looked at for that. None: the first is an
+    error.
 
     Raises:
         SbpatchError: as `evaluation_set`.
     """
     preprocessing = loaded.preprocessing
     if isinstance(preprocessing, Preprocessing):
-        images = open_images(source, preprocessing, data_dir=data_dir, split="train", limit=limit, stored=True)
-        images.check()
+        images = open_images(
+            source,
+            preprocessing,
+            data_dir=data_dir,
+            split="train",
+            limit=limit,
+            skip_bad=skipped is not None,
+            stored=True,
+        )
+        if skipped is None:
+            images.check()
+        else:
+            images.fit(loaded.classes)
+            images = images.without_bad(skipped)
         check_classes(loaded, images)
         return images
-    text = texts.open_text(source, data_dir=data_dir, split="train")
+    text = texts.open_text(source, data_dir=data_dir, split="train", skipped=skipped)
     cut = tokens.windows if loaded.answer == "next-token" else tokens.passages
     return cut(text, preprocessing, limit=limit)
 
@@ -239,7 +273,14 @@ def input_batches(loaded: Checkpoint, samples: Samples, device: str, dtype: torc
     return [moved(x, device, dtype) for x, _ in batches(samples, default_batch(loaded))]
 
 
-def unpadded_set(loaded: Checkpoint, source: str | None, count: int, seed: int, data_dir: Path | None) -> Samples:
+def unpadded_set(
+    loaded: Checkpoint,
+    source: str | None,
+    count: int,
+    seed: int,
+    data_dir: Path | None,
+    skipped: list[str] | None = None,
+) -> Samples:
     """As `calibration_set`, but encoders get stretches of text as long as they take instead of padded paragraphs.
 
     Matrices then have one size, and their errors can be compared. The stretches are of running text, without headings, one
@@ -250,8 +291,8 @@ def unpadded_set(loaded: Checkpoint, source: str | None, count: int, seed: int, 
     """
     preprocessing = loaded.preprocessing
     if not isinstance(preprocessing, TextPreprocessing) or loaded.answer == "next-token":
-        return calibration_set(loaded, source, count, seed, data_dir)
-    text = texts.open_text(source or "python-docs", data_dir=data_dir, split="train")
+        return calibration_set(loaded, source, count, seed, data_dir, skipped)
+    text = texts.open_text(source or "python-docs", data_dir=data_dir, split="train", skipped=skipped)
     words = " ".join(text.paragraphs()).split()
     starts = torch.rand(count, generator=torch.Generator().manual_seed(seed)).tolist()
     parts = [words[int((i + u / 2) * len(words) / count) : (i + 1) * len(words) // count] for i, u in enumerate(starts)]

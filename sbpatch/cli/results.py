@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
@@ -13,6 +14,8 @@ from rich.segment import Segment
 from .. import processes
 from ..errors import SbpatchError, printable, system_reason
 from ..writing import check_apart, check_target, descriptor, written_whole
+
+NAMED = 10  # skipped samples that are shown
 
 
 class Terminal(Console):
@@ -56,6 +59,18 @@ def check_places(
         check_apart(directory, [*read, *written])
         if any(place == directory.resolve() for place in places):
             raise SbpatchError(f"{directory} is to be a directory and a file: give each a name of its own")
+
+
+def with_skipped(result: dict[str, Any], skipped: Sequence[str] | None, quiet: bool) -> dict[str, Any]:
+    """A result with how many samples were left out, and which; on the terminal the first of them. None: they were errors."""
+    if skipped is None:
+        return result
+    lines = list(dict.fromkeys(skipped))  # a text may be read twice
+    if not quiet:
+        out.print(f"skipped: {len(lines)}", *lines[:NAMED], sep="\n  ", markup=False, highlight=False, soft_wrap=True)
+        if len(lines) > NAMED:
+            out.print(f"  and {len(lines) - NAMED} more, all in --json")
+    return result | {"skipped": len(lines), "skipped_samples": lines}
 
 
 def write_json(path: Path | None, text: str) -> None:

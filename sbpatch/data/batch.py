@@ -67,6 +67,11 @@ def after_samples(batches: Sequence[Inputs], first: int) -> list[Inputs]:
     return found
 
 
+def singles(batches: Sequence[Inputs]) -> list[Inputs]:
+    """All samples in their order, each a batch of its own."""
+    return [samples(one, i, i + 1) for one in batches for i in range(count(one))]
+
+
 def moved(inputs: Inputs, device: str | torch.device, dtype: torch.dtype) -> Inputs:
     """The batch on a device, its floating point values in `dtype`; token ids and masks keep their type."""
     if isinstance(inputs, Tensor):

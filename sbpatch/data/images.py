@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from functools import partial
 from io import BytesIO
+from itertools import islice
 from math import prod
 from pathlib import Path
 from typing import Any, Protocol
@@ -30,6 +32,7 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".
 MOST_PIXELS = 1 << 27  # of an image, as it is stored and as it is resized: 400 MB in memory
 MOST_LABEL = (1 << 24) - 1
 CHECKED = 5000  # images that `check` decodes at most: about ten seconds
+AT_ONCE = 64
 # What Pillow raises for a file that is not an image, a broken one, or one far too large: its readers check little.
 IMAGE_ERRORS = (Exception,)
 
@@ -106,10 +109,46 @@ class ImageSet(Dataset[tuple[Tensor, int]]):
         try:
             image = _opened(item, self._scale).convert("RGB")
         except IMAGE_ERRORS as error:
-            raise SbpatchError(
-                f"{item.where} cannot be read as an image ({one_line(error)}): remove or replace it"
-            ) from None
+            raise SbpatchError(_unread(item, one_line(error))) from None
         return self._transform(image), item.label
+
+    def without_bad(
+        self, skipped: list[str], count: int | None = None, among: Iterable[Item] | None = None
+    ) -> ImageSet:
+        """The same set without the samples that cannot be read, of which `skipped` takes a line each.
+
+        Every image is read for that, to its end, but at a smaller size where its format allows it.
+
+        Args:
+            count: so many of them, the first; None: all.
+            among: samples to take in place of the set's own.
+
+        Raises:
+            SbpatchError: nothing is left, or fewer than `count`.
+        """
+        good: list[Item] = []
+        left = iter(self.items if among is None else among)
+        with pool() as workers:
+            while some := list(islice(left, min(AT_ONCE, AT_ONCE if count is None else count - len(good)))):
+                for item, line in zip(some, workers.map(self._why_bad, some), strict=True):
+                    if line:
+                        skipped.append(line)
+                    else:
+                        good.append(item)
+        if not good or len(good) < (count or 0):
+            wanted = "" if count is None else f", {count} were asked for"
+            first = f"; the first that cannot: {skipped[0]}" if skipped else ""
+            raise SbpatchError(f"{self.name}: {len(good)} samples can be read{wanted}{first}")
+        found = copy(self)
+        found.items = good
+        return found
+
+    def _why_bad(self, item: Item) -> str:
+        """The line that reading it would end in, or ""."""
+        if problem := self._label_problem(item):
+            return str(SbpatchError(f"{item.where}: {problem}"))
+        problem = _problem(item, self._scale) or ""
+        return str(SbpatchError(_unread(item, problem))) if problem else ""
 
     def fit(self, classes: int | None) -> None:
         """From here on a label that is none of a model's classes is a bad sample, where the source does not name its own."""
@@ -151,6 +190,10 @@ class ImageSet(Dataset[tuple[Tensor, int]]):
                 f"{self.name}: {len(bad)} of {len(items)} images cannot be read, the first is {item.where} ({problem}): "
                 "remove or replace them, or see --skip-bad"
             )
+
+
+def _unread(item: Item, problem: str) -> str:
+    return f"{item.where} cannot be read as an image ({problem}): remove or replace it"
 
 
 def _opened(item: Item, scale: Callable[[int, int], float]) -> Image.Image:

@@ -12,6 +12,7 @@ import signal
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing, suppress
+from dataclasses import dataclass
 from itertools import cycle, islice
 from multiprocessing.connection import Connection
 from typing import Any
@@ -22,13 +23,15 @@ from torch.utils.data import default_collate
 
 from ..errors import SbpatchError
 from ..interrupts import held_back
-from .batch import Inputs
+from ..processes import count_here
+from .batch import Inputs, moved
 from .images import ImageSet
-from .samples import Samples, pool
+from .samples import Part, Samples, pool
 
 AT_A_TIME = 8  # samples that a worker, or this process by its threads, reads
 FEW = 64  # images for which workers cost more time than they save
 AHEAD = 128 << 20  # bytes of images that are read ahead of a model beside which nothing may run
+HELD = 256 << 20  # bytes of a set that is kept where it is gone through several times
 MOST_WORKERS = 8
 # A fork starts in no time and shares the index of the set with this process.
 FORK = multiprocessing.get_context("fork" if "fork" in multiprocessing.get_all_start_methods() else None)
@@ -73,9 +76,47 @@ def batches(
 
 def worker_count(samples: Samples) -> int:
     """Worker processes that are worth starting for a set: none for texts, whose tokens are there, nor for few images."""
-    if not isinstance(samples, ImageSet) or len(samples) <= FEW:
+    if images_of(samples) is None or len(samples) <= FEW:
         return 0
-    return min(MOST_WORKERS, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(MOST_WORKERS, max(1, cores // count_here()))
+
+
+def images_of(samples: Samples) -> ImageSet | None:
+    """The images that a set, or the set that it is a part of, has; None: it is text."""
+    while isinstance(samples, Part):
+        samples = samples.whole
+    return samples if isinstance(samples, ImageSet) else None
+
+
+@dataclass
+class Again:
+    """The batches of a set on a device, as often as they are asked for: a small set is held, any other read each time.
+
+    `skipped` as for `batches`; `count` is how many samples could be read, once all were.
+    """
+
+    samples: Samples
+    batch_size: int
+    device: str
+    dtype: torch.dtype
+    skipped: list[str] | None = None
+    count: int = 0
+    _held: list[tuple[Inputs, Tensor]] | None = None
+
+    def __iter__(self) -> Iterator[tuple[Inputs, Tensor]]:
+        images, found, count = images_of(self.samples), list[tuple[Inputs, Tensor]](), 0
+        hold = images is not None and len(self.samples) * images.sample_bytes <= HELD
+        skipped = [] if self.count and self.skipped is not None else self.skipped  # they are named once
+        beside, workers = self.device != "cpu", worker_count(self.samples)
+        read = batches(self.samples, self.batch_size, workers=workers, beside=beside, skipped=skipped)
+        with closing(read):
+            for x, y in self._held or read:
+                count += len(y)
+                if hold:
+                    found.append((x, y))
+                yield moved(x, self.device, self.dtype), y
+        self.count, self._held = count, found or None
 
 
 def _collated(samples: list[Any]) -> tuple[Inputs, Tensor]:
@@ -99,14 +140,16 @@ class _Reader:
 
 def _read(samples: Samples, workers: int, beside: bool) -> Generator[Any, None, None]:
     reader = _Reader(samples)
-    if not (workers and isinstance(samples, ImageSet)):
+    images = images_of(samples)
+    keys = samples.keys() if isinstance(samples, ImageSet) else range(len(samples))
+    if images is None or not workers:
         with pool() as threads:
-            for some in _parts(samples.keys() if isinstance(samples, ImageSet) else range(len(samples)), AT_A_TIME):
+            for some in _parts(keys, AT_A_TIME):
                 yield from list(threads.map(reader, some))
     elif beside:
-        yield from _by_workers(reader, samples.keys(), workers)
+        yield from _by_workers(reader, keys, workers)
     else:
-        for some in _parts(samples.keys(), max(AT_A_TIME * workers, AHEAD // samples.sample_bytes)):
+        for some in _parts(keys, max(AT_A_TIME * workers, AHEAD // images.sample_bytes)):
             yield from list(_by_workers(reader, some, workers))
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -89,13 +90,20 @@ def open_images(
 
 
 def sample_images(
-    source: str | None, preprocessing: Preprocessing, count: int, seed: int, *, data_dir: Path | None = None
+    source: str | None,
+    preprocessing: Preprocessing,
+    count: int,
+    seed: int,
+    *,
+    data_dir: Path | None = None,
+    skipped: list[str] | None = None,
 ) -> ImageSet:
     """Draw `count` different images for calibration; the same seed draws the same ones.
 
     They come from the training split where the source has one (see `open_images`), of a set on the hub from the beginnings of
     its files. `sklearn-photos`, also meant by None, are random square crops, mirrored or not, of the two photographs that
-    scikit-learn ships; they have no labels (-1).
+    scikit-learn ships; they have no labels (-1). `skipped` takes a line for each drawn image that cannot be read, and the next
+    one is drawn in its place; None: they are drawn like others.
 
     Raises:
         SbpatchError: as `open_images`, or the source has fewer than `count` images.
@@ -104,14 +112,18 @@ def sample_images(
         raise SbpatchError(f"a sample of {count} images: it must be positive")
     if source is None or source == "sklearn-photos":
         return ImageSet("sklearn-photos", photo_crops(count, seed), preprocessing, None)
-    images = open_images(source, preprocessing, data_dir=data_dir, split="train")
+    images = open_images(source, preprocessing, data_dir=data_dir, split="train", skip_bad=skipped is not None)
     if len(images) < count:
         raise SbpatchError(f"{source} has {len(images)} images, {count} were asked for: ask for {len(images)} or fewer")
     if isinstance(images.items, HubStream):
-        return ImageSet(source, images.items.drawn(count, seed), preprocessing, images.classes)
-    assert isinstance(images.items, Sequence)
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:count]
-    return ImageSet(source, [images.items[i] for i in order.tolist()], preprocessing, images.classes)
+        drawn: Iterable[Item] = images.items.shuffled(count, seed)
+    else:
+        assert isinstance(images.items, Sequence)
+        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
+        drawn = map(images.items.__getitem__, order.tolist())
+    if skipped is not None:
+        return images.without_bad(skipped, count, drawn)
+    return ImageSet(source, list(islice(drawn, count)), preprocessing, images.classes)
 
 
 def _hub_name(source: str, data_dir: Path | None) -> str:

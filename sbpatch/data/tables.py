@@ -238,11 +238,12 @@ class HubStream:
         if taken < self.count:
             raise SbpatchError(f"{self.name} ended after {row + 1} of {self.total} samples: try again")
 
-    def drawn(self, count: int, seed: int) -> list[Item]:
-        """`count` samples drawn from its beginning, or from the beginnings of its files, by the seed."""
-        shuffled = self.split.shuffle(seed=seed, buffer_size=max(SHUFFLED, count)).take(count)
+    def shuffled(self, count: int, seed: int) -> Iterator[Item]:
+        """Its samples in an order that the seed draws, the first `count` from its beginning, or from those of its files."""
+        shuffled = self.split.shuffle(seed=seed, buffer_size=max(SHUFFLED, count))
         with _told(self.name):
-            return [self._item(i, sample) for i, sample in enumerate(shuffled)]
+            for i, sample in enumerate(shuffled):
+                yield self._item(i, sample)
 
     def _item(self, row: int, sample: Mapping[str, Any]) -> Item:
         cell = sample[self.image]

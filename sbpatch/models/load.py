@@ -65,13 +65,21 @@ def load_checkpoint(name: str, checkpoint: Path | None = None, input_size: int |
         return _images().load_timm(timm_name, checkpoint, input_size)
     if name.startswith((".", "~", "/")) or path.suffix in WEIGHTS_SUFFIXES:
         raise SbpatchError(f"no such file or directory: {name}")
-    if name.count("/") == 1 and not name.startswith("timm/"):
+    if is_hub_id(name):
         if checkpoint is not None:
             raise SbpatchError(f"--checkpoint goes with an alias or a timm name: give a directory in place of {name}")
         return _load_directory(name, hub_snapshot(name), input_size)
     near = difflib.get_close_matches(timm_name, [*RELEASES, *EMBEDDED, *_timm().list_models()], n=3)
     known = f"known are {', '.join((*RELEASES, *EMBEDDED))}, timm names, paths and Hugging Face ids owner/name"
     raise SbpatchError(f"unknown model '{name}': " + (f"did you mean {' or '.join(near)}?" if near else known))
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name is Hugging Face's `owner/name`, and neither a path nor a timm name."""
+    path = Path(os.path.expanduser(name))
+    if name.count("/") != 1 or name.startswith((".", "~", "/", "timm/")):
+        return False
+    return path.suffix not in WEIGHTS_SUFFIXES and not path.exists()
 
 
 def build(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> nn.Module:

@@ -24,6 +24,7 @@ from torch import Tensor
 from ..data.hub import CONNECT_SECONDS, hub_or_cache
 from ..errors import SbpatchError, one_line
 from ..reading import check_regular
+from ..writing import PLAN
 
 RELEASE_URL = "https://github.com/yitu-opensource/T2T-ViT/releases/download/main"
 # What timm, transformers and torch.load raise for weights that do not fit, damage, and files they cannot get; tokenizers
@@ -34,6 +35,7 @@ PLAIN = {*FLOATING, torch.bool, torch.uint8, torch.int8, torch.int16, torch.int3
 # Of a model's repository: configuration, tokenizer and weights in the folder itself, no copies for other frameworks.
 HUB_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "model.safetensors", "model-*-of-*.safetensors"]
 HUB_FILES += ["sbpatch.safetensors"]  # of a patched one
+BASE_FILES = [f"base/{name}" for name in HUB_FILES]  # of a fine-tuned one
 
 
 @dataclass(frozen=True)
@@ -148,6 +150,8 @@ def hub_snapshot(name: str) -> Path:
             folder = _snapshot(name, HUB_FILES)
             if not [*folder.glob("model*.safetensors*")]:
                 folder = _snapshot(name, ["pytorch_model*.bin"])
+            if (folder / PLAN).is_file():
+                _snapshot(name, BASE_FILES, ignored=None)
     except LocalEntryNotFoundError:
         raise SbpatchError(
             f"{name}: no such directory, no answer from {hub.ENDPOINT}/{name}, and nothing of it in the cache "
@@ -160,10 +164,10 @@ def hub_snapshot(name: str) -> Path:
     return folder
 
 
-def _snapshot(name: str, files: list[str]) -> Path:
+def _snapshot(name: str, files: list[str], ignored: str | None = "*/*") -> Path:
     offline = hub.HF_HUB_OFFLINE
     try:
-        return Path(snapshot_download(name, allow_patterns=files, ignore_patterns="*/*", local_files_only=offline))
+        return Path(snapshot_download(name, allow_patterns=files, ignore_patterns=ignored, local_files_only=offline))
     except LocalEntryNotFoundError as error:
         if partial := getattr(error, "snapshot_path", None):
             return Path(partial)  # may be all that is needed: what is missing is said when it is read

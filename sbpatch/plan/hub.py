@@ -12,9 +12,10 @@ from huggingface_hub import constants as hub
 from ..data.preprocessing import TextPreprocessing
 from ..errors import SbpatchError, one_line
 from ..models.checkpoint import Checkpoint
-from ..models.load import EMBEDDED, is_timm_name
+from ..models.load import EMBEDDED, is_hub_id, is_timm_name
 from ..models.weights import LOAD_ERRORS, hub_snapshot
 from .patch import BASE_FOLDER, TENSORS_FILE, read_plan
+from .plan import PLAN_FILE
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 TAGS = ("sbpatch", "sparse-attention", "low-rank-attention")
@@ -91,6 +92,16 @@ def push_to_hub(
     except LOAD_ERRORS as error:
         raise SbpatchError(f"{directory} is not uploaded: {hub.ENDPOINT}/{repo_id}: {one_line(error)}") from None
     return str(done.commit_url)
+
+
+def patched(model: str) -> Path | None:
+    """The directory with a plan that MODEL names, itself or a copy of the hub's in the cache; None: it has no plan.
+
+    Raises:
+        SbpatchError: there is no such repository, or neither the hub nor the cache can give it.
+    """
+    folder = hub_snapshot(model) if is_hub_id(model) else Path(model)
+    return folder if (folder / PLAN_FILE).is_file() else None
 
 
 def local(directory: str | Path) -> Path:

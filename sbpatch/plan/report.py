@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -12,7 +12,6 @@ from rich.text import Text
 
 from .plan import Plan, SitePlan
 
-NAMED = 10  # skipped samples that a table names
 COLUMNS_EXPLAINED = (
     "entropy: mean over query rows of -sum p ln p, as a share of its largest value ln n (1: diffuse, 0: one key) · "
     "exact: keys computed exactly per query · rank: clusters or features beside them · "
@@ -142,17 +141,8 @@ def eval_table(result: Mapping[str, Any]) -> RenderableType:
         "stored: by the attention of all sites for one sample, by the budget's accounting"
     )
     decoded = [decoded_table(result)] if "decoded" in result else []
-    lines = [*_text_lines(variants), *_skipped_lines(result.get("skipped_samples"))]
+    lines = _text_lines(variants)
     return Group(table, *lines, *decoded, Text(setting, style="dim"))
-
-
-def _skipped_lines(skipped: Sequence[str] | None) -> list[Text]:
-    """How many samples eval left out, and the first of them."""
-    if skipped is None:
-        return []
-    named = [Text(f"  {line}") for line in skipped[:NAMED]]
-    more = [Text(f"  and {len(skipped) - NAMED} more, all in --json")] if len(skipped) > NAMED else []
-    return [Text(f"skipped: {len(skipped)}"), *named, *more]
 
 
 def decoded_table(result: Mapping[str, Any]) -> RenderableType:

@@ -64,6 +64,9 @@ def matrix_error(layer: nn.Module, call: Call, columns: int = 256) -> Tensor:
     return (wrong / whole).sqrt()
 
 
+FIGURES = ("entropy", "logit_spread", "sink_mass", "locality")  # of `head_profile`
+
+
 def head_profile(call: Call, rows: int = 256) -> dict[str, Tensor]:
     """What the exact attention of each head is like, means over `rows` evenly spaced query rows: {name: (B, H)}.
 

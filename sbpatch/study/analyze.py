@@ -11,16 +11,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import fmean, median
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from scipy import stats
 from torch import Tensor
 
+from .. import processes
 from ..attention import Geometry
 from ..attention.core import repeated
 from ..attention.reference import exact_matrix
@@ -49,6 +50,7 @@ from .entries import (
 )
 from .oracles import SHARE, SPLITS, both_parts, process_sweep, pure_errors, rank_for, relative
 
+T = TypeVar("T")
 JSON_FILE = "analysis.json"
 TOKENS = 512  # a longer site is read at that many evenly spaced tokens, as queries and as keys
 SAMPLES, MATRICES = 8, 144  # a head, and in all: a model with many heads is read on fewer samples, then at fewer heads
@@ -69,6 +71,8 @@ def analyze(
 ) -> dict[str, Any]:
     """All four studies of `batches`, inputs on the model's device. Same seed, same result, times apart.
 
+    Several processes share the samples that the model runs on, then the matrices and all else, and all return the same.
+
     Raises:
         SbpatchError: no inputs, or no attention site that can be read.
     """
@@ -82,10 +86,9 @@ def analyze(
     samples = min(sum(map(batch.count, batches)), max(1, min(SAMPLES, MATRICES // len(heads))))
     calls = _collect(loaded, sites, batches, samples, progress)
     read = [(s, h, b) for s, h in heads for b in range(samples)]
-    points = [
-        _point(site, head, sample, calls[site.name], seed + i)
-        for i, (site, head, sample) in enumerate(progress(read, "approximating"))
-    ]
+    points = _shared(
+        lambda i, one: _point(one[0], one[1], one[2], calls[one[0].name], seed + i), read, progress, "approximating"
+    )
     settings = {
         "samples": samples, "heads": len(heads), "matrices": len(points), "share": SHARE, "splits": list(SPLITS),
         "subsampled": {s.name: [longest, TOKENS] for s in sites if (longest := _longest(s)) > TOKENS},
@@ -100,10 +103,18 @@ def analyze(
         "points": points,
         "correlations": {"matrices": correlations(points), "heads": correlations(_head_means(points))},
         "scatterbrain": against_robust_pca(points),
-        "entries": [single_entries(name, own, seed) for name, own in progress(cases, "single entries")],
-        "features": [feature_estimates(name, own, seed) for name, own in progress(cases, "random features")],
-        "process": process_sweep(seed, progress=progress),
+        "entries": _shared(lambda i, case: single_entries(*case, seed), cases, progress, "single entries"),
+        "features": _shared(lambda i, case: feature_estimates(*case, seed), cases, progress, "random features"),
+        "process": processes.from_first(lambda: process_sweep(seed, progress=progress)),
     }
+
+
+def _shared(
+    work: Callable[[int, T], dict[str, Any]], items: Sequence[T], progress: Progress[Any], description: str
+) -> list[dict[str, Any]]:
+    """`work(i, item)` of each item; of several processes each does a share."""
+    mine = processes.share(list(enumerate(items)))
+    return processes.in_order(processes.gathered([work(i, item) for i, item in progress(mine, description)]))
 
 
 def _collect(
@@ -111,24 +122,27 @@ def _collect(
 ) -> dict[str, list[Call]]:
     """q, k, v of every site at evenly spaced real tokens of theirs, one call a sample, in float32, all with as many heads."""
     calls: dict[str, list[Call]] = {site.name: [] for site in sites}
+    own: dict[str, Tensor] = {}  # of one sample
 
     def watcher(name: str) -> Watcher:
         def watch(call: Call, output: Tensor) -> None:
             keys, queries = _evenly(call.key, call.key_mask), _evenly(call.query, call.query_mask)
-            three = (
-                x.index_select(2, index).float()
-                for x, index in ((call.query, queries), (call.key, keys), (call.value, keys))
-            )
-            every = (repeated(x, call.query.shape[1]).split(1) for x in three)
-            for q, k, v in zip(*every, strict=True):
-                calls[name].append(Call(q, k, v, is_causal=call.is_causal, scale=call.softmax_scale))
+            for part, x, index in (("q", call.query, queries), ("k", call.key, keys), ("v", call.value, keys)):
+                own[f"{part} {name}"] = repeated(x.index_select(2, index).float(), call.query.shape[1])
+            own[f"scale {name}"] = torch.tensor(call.softmax_scale, dtype=torch.float64)
 
         return watch
 
-    one = [batch.samples(x, i, i + 1) for x in batches for i in range(batch.count(x))][:samples]
     watchers, causal = {name: watcher(name) for name in calls}, {site.name: site.geometry.causal for site in sites}
-    for inputs in progress(one, "attention"):
-        observed(loaded.model, inputs, watchers, causal)
+    device = batch.device(batches[0])
+    for some in progress(processes.rounds(batch.singles(batches)[:samples]), "attention"):
+        own.clear()
+        for inputs in processes.share(some):  # one, or none at the end
+            observed(loaded.model, inputs, watchers, causal)
+        for found in processes.gathered_tensors(own)[: len(some)]:
+            for name, is_causal in causal.items():
+                q, k, v = (found[f"{part} {name}"].to(device) for part in "qkv")
+                calls[name].append(Call(q, k, v, is_causal=is_causal, scale=float(found[f"scale {name}"])))
     return calls
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
@@ -48,7 +49,7 @@ def method_names() -> str:
 def compare(
     model: nn.Module,
     sample: Sequence[Inputs],
-    evaluation: Sequence[tuple[Inputs, Tensor]],
+    evaluation: Iterable[tuple[Inputs, Tensor]],
     *,
     methods: Sequence[str],
     budgets: Sequence[float],
@@ -63,22 +64,28 @@ def compare(
     `auto` is what `calibrate` would do: it may give sites unequal budgets. With `allocations` there is a row for each of
     them, the budget shared out by that rule of `calibrate`, refined where `+refine` follows its name, and it is the row's
     `allocation`. Errors are means over the sites that calibration decided on; one that it left exact has none. Time is the
-    median of a batch, all in one process; of several processes each makes its share of the rows, and all return all rows.
+    median of a batch, all in one process; several processes share the exact model's batches, then the rows, and all return all
+    rows.
+
+    Args:
+        evaluation: inputs and labels, gone through once a row, so that a set may be read anew each time (see `loading.Again`).
 
     Raises:
         SbpatchError: an unknown method; one that cannot work in a budget is left out, with the reason as its row's `skipped`.
     """
     place = device(sample[0])
 
-    def answers() -> tuple[list[Kept], float]:
+    def answers(of: slice = slice(None)) -> tuple[list[Kept], list[float]]:
         found, times = [], []
-        for x, y in evaluation:
+        for x, y in islice(evaluation, of.start, of.stop, of.step):
             output, ms = elapsed_ms(partial(run, model, x), place)
             found.append(kept(answer, output, x, y))
             times.append(ms)
-        return found, statistics.median(times)
+        return found, times
 
-    exact, ms = answers()
+    exact, times = _of_all(*answers(processes.own()))
+    if not exact:
+        raise SbpatchError("no samples to compare on")
     rules: Sequence[str | None] = allocations or [None]
     wanted = [(method, budget, rule) for budget in budgets for method in methods for rule in rules]
 
@@ -112,16 +119,29 @@ def compare(
     mine = processes.share(wanted)
     with processes.alone():
         rows = [row(*each) for each in progress(mine, "comparing")]
-    first = {"method": "exact", "budget": 1.0} | _figures(exact, exact, ms)
-    return [processes.from_first(lambda: first), *processes.in_order(processes.gathered(rows))]
+    first = {"method": "exact", "budget": 1.0} | _figures(exact, exact, times)
+    return [first, *processes.in_order(processes.gathered(rows))]
 
 
-def _figures(found: Sequence[Kept], exact: Sequence[Kept], ms: float) -> dict[str, Any]:
+def _of_all(answers: Sequence[Kept], times: Sequence[float]) -> tuple[list[Kept], list[float]]:
+    """Answers and times of the batches that each process ran, as those of all in their order."""
+    tensors = {f"{i} {name}": torch.from_numpy(x) for i, one in enumerate(answers) for name, x in one.items()}
+    shares: list[list[Kept]] = []
+    for found, its in zip(processes.gathered_tensors(tensors), every := processes.gathered(list(times)), strict=True):
+        share: list[dict[str, Any]] = [{} for _ in its]
+        for key, tensor in found.items():
+            i, _, name = key.partition(" ")
+            share[int(i)][name] = tensor.numpy()
+        shares.append(list(share))
+    return processes.in_order(shares), processes.in_order(every)
+
+
+def _figures(found: Sequence[Kept], exact: Sequence[Kept], times: Sequence[float]) -> dict[str, Any]:
     scores = Scores()
     for one, true in zip(found, exact, strict=True):
         scores.add(one, true)
     quality = {name: value for name, value in scores.figures().items() if name != "top5"}
-    return quality | {"latency_ms": ms}
+    return quality | {"latency_ms": statistics.median(times)}
 
 
 def _errors(plan: Plan) -> dict[str, Any]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..data.batch import Inputs, moved, run
-from ..data.loading import batches
+from ..data.loading import batches, worker_count
 from ..data.samples import Part, Samples
 from ..errors import SbpatchError, one_line
 from ..models.answers import Scores, kept
@@ -141,13 +142,14 @@ class Tuning:
         if not resume:
             state.begin()
             self._validate(done, state)
-        for step in progress(range(done.step, self.total), "fine-tuning"):
-            done.losses.append(self._step(step))
-            done.step = step + 1
-            epoch_ends = done.step % self.per_epoch == 0 or done.step == self.total
-            if epoch_ends:
-                self._validate(done, state)
-            self._save(done, state, now=epoch_ends)
+        with closing(self._pieces(done.step)) as pieces:
+            for step in progress(range(done.step, self.total), "fine-tuning"):
+                done.losses.append(self._step(step, pieces))
+                done.step = step + 1
+                epoch_ends = done.step % self.per_epoch == 0 or done.step == self.total
+                if epoch_ends:
+                    self._validate(done, state)
+                self._save(done, state, now=epoch_ends)
         self.accelerator.wait_for_everyone()
         self.trainable.take(state.best)
         trained = sum(p.numel() for p in self.trainable.parameters().values())
@@ -156,18 +158,27 @@ class Tuning:
         accelerator = self.accelerator
         return Result(weights, done, trained, accelerator.num_processes, accelerator.is_main_process, state)
 
-    def _step(self, step: int) -> float:
-        """One update of the weights; the loss of its batch before it, over all processes."""
-        epoch, place = divmod(step, self.per_epoch)
-        order = np.random.default_rng([self.settings.seed, epoch]).permutation(len(self.training))
+    def _pieces(self, first: int) -> Generator[tuple[Inputs, Tensor], None, None]:
+        """What this process computes of the batches from step `first` on, read ahead by workers, an epoch at a time."""
         size = self.settings.batch_size // self.pieces
-        start = place * self.settings.batch_size + self.accelerator.process_index * size
+        for epoch in range(first // self.per_epoch, -(-self.total // self.per_epoch)):
+            order = np.random.default_rng([self.settings.seed, epoch]).permutation(len(self.training))
+            steps = range(max(first, epoch * self.per_epoch), min(self.total, (epoch + 1) * self.per_epoch))
+            starts = [
+                (step % self.per_epoch) * self.settings.batch_size
+                + (piece * self.accelerator.num_processes + self.accelerator.process_index) * size
+                for step in steps
+                for piece in range(self.settings.accumulate)
+            ]
+            mine = Part(self.training, [i for start in starts for i in order[start : start + size].tolist()])
+            yield from batches(mine, size, workers=worker_count(mine), beside=True)
+
+    def _step(self, step: int, pieces: Iterator[tuple[Inputs, Tensor]]) -> float:
+        """One update of the weights; the loss of its batch before it, over all processes."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.settings.step_size * schedule(step, self.total)
         total = torch.zeros((), device=self.accelerator.device)
-        for piece in range(self.settings.accumulate):
-            first = start + piece * size * self.accelerator.num_processes
-            inputs, labels = next(batches(Part(self.training, order[first : first + size].tolist()), size))
+        for inputs, labels in islice(pieces, self.settings.accumulate):
             with self.accelerator.accumulate(self.prepared):
                 loss = self._loss(*self._placed(inputs, labels))[0].mean()
                 self.accelerator.backward(loss)
@@ -198,12 +209,14 @@ class Tuning:
     def _validate(self, done: Progressed, state: State) -> None:
         """Note how good the weights are now, and keep them if they are the best so far; every process does all of it."""
         scores, total = Scores(), 0.0
-        for batch in batches(self.validation, self.settings.batch_size // self.pieces):
-            inputs, labels = self._placed(*batch)
-            losses, output, exact = self._loss(inputs, labels)
-            total += float(losses.double().sum())
-            found = kept(self.answer, output, inputs, labels)
-            scores.add(found, found if exact is None else kept(self.answer, exact, inputs, labels))
+        size, workers = self.settings.batch_size // self.pieces, worker_count(self.validation)
+        with closing(batches(self.validation, size, workers=workers, beside=True)) as read:
+            for batch in read:
+                inputs, labels = self._placed(*batch)
+                losses, output, exact = self._loss(inputs, labels)
+                total += float(losses.double().sum())
+                found = kept(self.answer, output, inputs, labels)
+                scores.add(found, found if exact is None else kept(self.answer, exact, inputs, labels))
         figures = scores.figures()
         if self.exact is None:  # then these compare the model with itself
             figures = {name: x for name, x in figures.items() if name not in ("agreement", "cosine")}

@@ -9,11 +9,14 @@ import json
 import os
 import random
 import resource
+import subprocess
+import sys
 import tarfile
 import warnings
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass
+from importlib.util import find_spec
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -45,6 +48,7 @@ SMALL = Preprocessing().resized(32)
 SECONDS = 20  # of one input
 MEMORY = 4 << 30  # bytes beyond what the tests have
 TIMES = int(os.environ.get("SBPATCH_FUZZ", "1"))  # as many inputs as the slow tests make
+GUIDED = 500  # inputs of each loader that atheris tries
 FEW = 20  # inputs of a kind in the tests that are not slow; of those whose loader builds a model, none
 
 
@@ -262,14 +266,19 @@ def bounded_memory() -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_AS, before)
 
 
-def tried(kind: Kind, folder: Path, many: int) -> None:
+def prepared(kind: Kind, folder: Path) -> Path:
+    """The file as it is before it is changed, beside what its loader needs."""
     path = folder / kind.name
-    original = kind.data()
     path.parent.mkdir(parents=True, exist_ok=True)
     if "ILSVRC" in kind.name or kind.name == "val.txt":
         (folder / "val.txt").write_bytes(LABELS)
         (folder / "ILSVRC2012_img_val.tar").write_bytes(OFFICIAL)
-    path.write_bytes(original)
+    path.write_bytes(kind.data())
+    return path
+
+
+def tried(kind: Kind, folder: Path, many: int) -> None:
+    path, original = prepared(kind, folder), kind.data()
     if kind.name != "j":  # a journal goes away as it is closed
         kind.load(path)  # it is a file that can be read, before it is changed
     for seed in range(many):
@@ -298,6 +307,25 @@ def test_many_changed_files(tmp_path, name, bounded_memory):
 @pytest.mark.parametrize("name", [name for name, kind in KINDS.items() if not kind.quick])
 def test_many_changed_files_of_a_model(place, name, bounded_memory):
     tried(KINDS[name], Path(), TIMES * KINDS[name].many)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("atheris") is None, reason="atheris is not installed: pip install 'sbpatch[fuzz]'")
+@pytest.mark.parametrize("name", ["recipe", "cost table", "journal", "ImageNet's labels"])
+def test_inputs_led_by_what_they_reach(tmp_path, name):
+    """The loaders whose readers are sbpatch's own; see fuzz_loader.py for the others."""
+    program = [
+        sys.executable,
+        str(Path(__file__).with_name("fuzz_loader.py")),
+        name,
+        f"-runs={GUIDED * TIMES}",
+        "-seed=1",
+    ]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(program, capture_output=True, text=True, env=environment, timeout=300, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert f"stat::number_of_executed_units: {GUIDED * TIMES}" in done.stderr
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_loader_that_fails_is_found(tmp_path):

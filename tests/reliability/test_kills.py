@@ -196,6 +196,16 @@ def test_a_stopped_eval_ends_in_one_line_and_leaves_no_process(place, share, num
     assert not writing_to(Path("../said"))
 
 
+@pytest.mark.parametrize("share", [0.3, 0.8])
+def test_a_stopped_finetuning_leaves_no_process_that_reads_images(place, share):
+    many_images()
+    tune = ["many" if x == "images" else x for x in TUNE] + ["--steps", "40"]
+    whole = seconds_of(result(tune, "../expected"))
+    code, said = stopped(tune, share * whole, signal.SIGINT)
+    assert not code or said == "sbpatch: stopped by SIGINT\n"
+    assert not writing_to(Path("../said"))
+
+
 def writing_to(path: Path) -> list[str]:
     """Processes that have a file open: of a run, those whose output goes there, children that nobody owns any more too."""
     found = []

@@ -1,4 +1,4 @@
-"""`eval --skip-bad`: bad samples are counted, named and left out; without it the first is an error in one line."""
+"""`--skip-bad`: bad samples are counted, named and left out; without it the first is an error in one line."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from cases import command, refused_line
-from conftest import jpeg
+from conftest import QUICK, jpeg
+
+from sbpatch.study import analyze
 
 pytestmark = pytest.mark.usefixtures("forked_variants")
 EVAL = ["eval", "tiny.pth", "--batch-size", "2", "--json", "x.json", "--dataset"]
@@ -90,3 +92,61 @@ def test_files_that_are_no_text(place, capfd):
     found = figures()
     assert (found["samples"], found["skipped"]) == (3, 1)
     assert "texts/b.txt" in found["skipped_samples"][0]
+
+
+# ---- the other commands, whose samples are drawn from the set or taken in any order
+
+BAD = {"images/a/0a.jpg", "images/b/z.png"}
+FLAGS = {
+    "calibrate": ["calibrate", "tiny.pth", "-o", "new", *QUICK, "--samples", "6"],
+    "compare": ["compare", "tiny.pth", "--dataset", "images", "--data", "images", "--samples", "2", "--methods", "window",
+                "--budgets", "0.2", "--quiet"],
+    "analyze": ["analyze", "tiny.pth", "-o", "new", "--data", "images", "--samples", "6", "--quiet"],
+    "finetune": ["finetune", "out", "--dataset", "images", "-o", "new", "--steps", "1", "--validation", "2",
+                 "--batch-size", "2", "--quiet", "--device", "cpu"],
+    "bench": ["bench", "tiny.pth", "--data", "images", "--batch", "3", "--methods", "window", "--budget", "0.2", "--quiet"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("verb", FLAGS)
+def test_every_command_that_reads_samples(place, capfd, monkeypatch, verb):
+    """Six images are good, and as many are needed: a bad one that is drawn is an error, or another takes its place."""
+    monkeypatch.setattr(analyze, "analyze", lambda loaded, batches, **options: {"read": sum(map(len, batches))})
+    monkeypatch.setattr(analyze, "write", lambda result, directory: None)  # it has tests of its own
+    for name in BAD:
+        Path(name).write_bytes(b"no image")
+    assert "cannot be read" in refused_line(capfd, *FLAGS[verb], "--json", "x.json")
+    assert command(*FLAGS[verb], "--json", "x.json", "--skip-bad") == 0
+    found = figures()
+    assert found["skipped"] == len(found["skipped_samples"])
+    named = {line.split(" cannot")[0] for line in found["skipped_samples"]}
+    if verb in ("compare", "finetune"):  # which look at the whole set
+        assert named == BAD
+        assert found["samples"] == {"compare": 6, "finetune": 4}[verb]  # two are for validation
+    else:
+        assert named
+        assert named <= BAD
+    if verb == "calibrate":
+        assert found["data"]["samples"] == 6
+    if verb == "analyze":
+        assert found["read"] == 6
+
+
+def test_more_samples_than_can_be_read(place, capfd):
+    for name in BAD:
+        Path(name).write_bytes(b"no image")
+    args = ["calibrate", "tiny.pth", "-o", "new", *QUICK, "--samples", "7", "--skip-bad"]
+    assert "6 samples can be read, 7 were asked for; the first that cannot: images/" in refused_line(capfd, *args)
+
+
+def test_texts_of_the_training_part(place, capfd):
+    Path("texts").mkdir()
+    for name, start in {"a.txt": b"", "b.txt": b"\xff\xfe"}.items():
+        Path("texts", name).write_bytes(start + Path("text.txt").read_bytes())
+    args = ["bench", "bert", "--data", "texts", "--lengths", "24,32", "--methods", "clusters", "--budget", "0.5"]
+    args += ["--json", "x.json"]
+    assert "texts/b.txt is no UTF-8 text" in refused_line(capfd, *args)
+    assert command(*args, "--skip-bad") == 0
+    assert figures()["skipped"] == 1  # though it was read once a length
+    said = " ".join(capfd.readouterr().out.split())
+    assert "skipped: 1 texts/b.txt is no UTF-8 text" in said
