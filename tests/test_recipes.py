@@ -116,3 +116,14 @@ def test_restricted_heads_read_the_keys_of_largest_score_alone(lev: ModuleType) 
         loss = nn.functional.cross_entropy(model(x), torch.tensor([1, 2]))
     gradients = torch.autograd.grad(loss, [m.qkv.weight for m in model.modules() if type(m).__name__ == "Attention"])
     assert all(g.isfinite().all() and g.abs().sum() > 0 for g in gradients)
+
+
+def test_the_form_that_trains_is_the_layer_that_is_evaluated(lev: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the precision of bfloat16, in which it computes."""
+    monkeypatch.setattr(lev, "DEPTH", 1)
+    model, x = lev.fresh_model(0), torch.randn(2, 3, lev.SIDE, lev.SIDE)
+    for keys in (None, 64, 32):
+        with lev.reading(model.train(), keys):
+            trained = model(x)
+        with lev.reading(model.eval(), keys):
+            torch.testing.assert_close(model(x), trained.float(), atol=2e-3, rtol=0.02)
