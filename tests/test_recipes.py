@@ -8,7 +8,9 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
+import tiny_text
 import torch
 from PIL import Image
 from tiny import ROOT
@@ -127,3 +129,93 @@ def test_the_form_that_trains_is_the_layer_that_is_evaluated(lev: ModuleType, mo
             trained = model(x)
         with lev.reading(model.eval(), keys):
             torch.testing.assert_close(model(x), trained.float(), atol=2e-3, rtol=0.02)
+
+
+# -- GLUE ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def glue() -> ModuleType:
+    return recipe("glue")
+
+
+@pytest.fixture
+def bert(tmp_path: Path) -> Path:
+    tiny_text.bert().save_pretrained(tmp_path / "bert")
+    tiny_text.words().save_pretrained(tmp_path / "bert")
+    return tmp_path / "bert"
+
+
+SINGLE = [(f'w{i} w{i + 1} "w3 NA', i % 2) for i in range(16)]  # a lone quotation mark is a character like others
+FILES = {  # lines as GLUE publishes them
+    "sst2": ["sentence\tlabel", *(f"{text}\t{label}" for text, label in SINGLE)],
+    "cola": [f"gj04\t{label}\t\t{text}" for text, label in SINGLE],
+    "mrpc": ["Quality\t#1 ID\t#2 ID\t#1 String\t#2 String", *(f"{y}\t1\t2\t{x}\t{x}" for x, y in SINGLE)],
+    "stsb": [
+        "index\tsentence1\tsentence2\tscore",
+        *(f"{y}\t{x}\tw1\t{y + 0.5 * i}" for i, (x, y) in enumerate(SINGLE)),
+    ],
+    "rte": [
+        "index\tsentence1\tsentence2\tlabel",
+        *(f"{y}\t{x}\tw2\t{('entailment', 'not_entailment')[y]}" for x, y in SINGLE),
+    ],
+}
+
+
+def tables(folder: Path, task: str) -> Path:
+    folder.mkdir()
+    for part in ("train", "dev"):
+        (folder / f"{part}.tsv").write_text("\n".join(FILES[task]) + "\n")
+    return folder
+
+
+@pytest.mark.parametrize("task", sorted(FILES))
+def test_glue_reads_the_files_as_they_are_published(glue: ModuleType, task: str, tmp_path: Path) -> None:
+    for part in glue.examples(task, tables(tmp_path / "data", task), tmp_path / "cache"):
+        assert len(part) == 16
+        assert part[3][glue.TASKS[task].texts[0]] == SINGLE[3][0]
+        assert part["label"][:] == (
+            [0.5 * i + i % 2 for i in range(16)] if task == "stsb" else [i % 2 for i in range(16)]
+        )
+
+
+def test_glue_trains_patched_classifiers_and_writes_their_table(
+    glue: ModuleType, bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        f"glue.py --model {bert} --task mrpc --data {tables(tmp_path / 'data', 'mrpc')} --steps 2 --batch 4 "
+        f"--methods exact,lsh+favor -o {tmp_path / 'out'}".split(),
+    )
+    glue.main()
+    found = json.loads((tmp_path / "out.json").read_text())
+    exact, patched = found["rows"]
+    assert (exact["method"], exact["stored"], patched["method"]) == ("exact", 1.0, "lsh+favor")
+    assert 0.4 < patched["stored"] <= 0.5
+    assert all(0 <= row[name] <= 1 for row in found["rows"] for name in ("accuracy", "F1"))
+    assert (tmp_path / "out.md").read_text().count("\n") == 4
+
+
+def test_glue_patches_every_attention_and_passes_gradients_through(glue: ModuleType, bert: Path) -> None:
+    example = {"input_ids": torch.randint(3, 60, (2, 128)), "attention_mask": torch.ones(2, 128, dtype=torch.int64)}
+    example["attention_mask"][1, 40:] = 0
+    networks = {m: glue.classifier(str(bert), 3, m, 0.5, example, 0)[0].train() for m in ("exact", "window+clusters")}
+    assert sum(hasattr(m, "sbpatch") for m in networks["window+clusters"].modules()) == 2
+    answers = {}
+    for method, network in networks.items():
+        for module in network.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+        network.load_state_dict(networks["exact"].state_dict())  # the heads were drawn apart
+        answers[method] = network(**example, labels=torch.tensor([0, 2]))
+        answers[method].loss.backward()
+    assert not torch.allclose(answers["exact"].logits, answers["window+clusters"].logits, atol=1e-4)
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in networks["window+clusters"].parameters())
+
+
+def test_glue_reports_what_the_task_asks_for(glue: ModuleType) -> None:
+    logits, labels = np.array([[2.0, 1.0], [0.0, 1.0], [0.0, 3.0], [1.0, 0.0]]), np.array([0, 1, 0, 0])
+    assert glue.figures(glue.TASKS["mrpc"], logits, labels) == {"accuracy": 0.75, "F1": pytest.approx(2 / 3)}
+    assert glue.figures(glue.TASKS["cola"], logits, labels)["Matthews"] == pytest.approx(0.57735, abs=1e-4)
+    assert glue.figures(glue.TASKS["stsb"], labels[:, None] * 2.0 + 1, labels)["Pearson"] == pytest.approx(1)
