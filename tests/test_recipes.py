@@ -219,3 +219,20 @@ def test_glue_reports_what_the_task_asks_for(glue: ModuleType) -> None:
     assert glue.figures(glue.TASKS["mrpc"], logits, labels) == {"accuracy": 0.75, "F1": pytest.approx(2 / 3)}
     assert glue.figures(glue.TASKS["cola"], logits, labels)["Matthews"] == pytest.approx(0.57735, abs=1e-4)
     assert glue.figures(glue.TASKS["stsb"], labels[:, None] * 2.0 + 1, labels)["Pearson"] == pytest.approx(1)
+
+
+# -- Selection -------------------------------------------------------------------------------------------------------
+
+
+def test_selections_are_timed_beside_what_they_find(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = f"time_leverage.py --tokens 300 2000 --heads 2 --width 16 --keys 40 --repeats 1 -o {tmp_path / 'times'}"
+    monkeypatch.setattr(sys, "argv", asked.split())
+    recipe("time_leverage").main()
+    rows = json.loads((tmp_path / "times.json").read_text())["rows"]
+    assert [row["tokens"] for row in rows] == [300] * 4 + [2000] * 4
+    assert all(row["ms"] > 0 and row["scores"] <= 1 + 1e-6 for row in rows)
+    exact, one_pass, sketched, _ = rows[4:]
+    assert (exact["keys"], exact["scores"]) == (pytest.approx(1), pytest.approx(1))
+    assert one_pass["scores"] > 0.95
+    assert sketched["scores"] > 0.9
+    assert (tmp_path / "times.md").read_text().count("\n") == 10
