@@ -6,7 +6,7 @@ import importlib.util
 import json
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ import tiny_text
 import torch
 from PIL import Image
 from tiny import ROOT
-from torch import nn
+from torch import Tensor, nn
 
 
 def recipe(name: str) -> ModuleType:
@@ -236,3 +236,74 @@ def test_selections_are_timed_beside_what_they_find(tmp_path: Path, monkeypatch:
     assert one_pass["scores"] > 0.95
     assert sketched["scores"] > 0.9
     assert (tmp_path / "times.md").read_text().count("\n") == 10
+
+
+# -- BigGAN ----------------------------------------------------------------------------------------------------------
+
+
+class Pooled(nn.Module):
+    """BigGAN's self-attention: all pixels read those of a pooled image."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.theta, self.phi = (nn.Conv2d(width, width // 8, 1, bias=False) for _ in range(2))
+        self.g, self.out = nn.Conv2d(width, width // 2, 1, bias=False), nn.Conv2d(width // 2, width, 1, bias=False)
+        self.maxpool, self.softmax = nn.MaxPool2d(2, stride=2), nn.Softmax(dim=-1)
+        for layer in (self.theta, self.phi):
+            nn.init.normal_(layer.weight, std=0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        theta, phi, g = (y.flatten(2) for y in (self.theta(x), self.maxpool(self.phi(x)), self.maxpool(self.g(x))))
+        attn = self.softmax(torch.bmm(theta.permute(0, 2, 1), phi))
+        return x + self.out(torch.bmm(g, attn.permute(0, 2, 1)).view(len(x), -1, *x.shape[-2:]))
+
+
+class TinyGAN(nn.Module):
+    """Called as the package's generator is, with its configuration's names: 1,024 queries against 256 keys."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(z_dim=6, num_classes=4, output_dim=32)
+        self.start, self.attention, self.rgb = nn.Linear(10, 256), Pooled(16), nn.Conv2d(16, 3, 3, padding=1)
+
+    def forward(self, z: Tensor, class_label: Tensor, truncation: float) -> Tensor:
+        assert 0 < truncation <= 1
+        x = self.start(torch.cat((z, class_label), dim=1)).unflatten(1, (16, 4, 4))
+        return self.rgb(self.attention(nn.functional.interpolate(x, scale_factor=8, mode="bicubic"))).tanh()
+
+
+class Means(nn.Module):
+    """Images -> the means of each quarter, in place of the metric's network."""
+
+    num_features = 12
+
+    def forward(self, images: Tensor) -> Tensor:
+        assert images.shape[1:] == (3, 32, 32)
+        if images.dtype == torch.uint8:  # as the score gives them to a network
+            images = images / 255
+        assert images.min() >= 0
+        assert 0.1 < images.max() <= 1
+        return nn.functional.adaptive_avg_pool2d(images, 2).flatten(1)
+
+
+def test_biggan_scores_the_patched_beside_the_exact(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("torchmetrics", reason="pip install torchmetrics for this one")
+    torch.manual_seed(0)
+    asked = f"biggan.py --images {images} --budgets 0.02 0.3 --samples 20 --device cpu -o {tmp_path / 'gan'}"
+    monkeypatch.setattr(sys, "argv", asked.split())
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    module, gan = recipe("biggan"), TinyGAN()
+    module.main(gan, (Means(), Means()))
+    exact, small, large = json.loads((tmp_path / "gan.json").read_text())["rows"]
+    assert (exact["attention"], exact["stored"]) == ("exact", 1.0)
+    assert small["stored"] <= 0.02 < large["stored"] <= 0.3
+    assert all(row["inception"] >= 1 and row["fid"] > 0 for row in (exact, small, large))
+    assert abs(large["fid"] - exact["fid"]) < abs(small["fid"] - exact["fid"])
+    assert small["fid"] != exact["fid"]
+    assert (tmp_path / "gan.md").read_text().count("\n") == 5
+    latents = module.Latents(6, 4, 0.5).draw(50, 3)
+    assert latents[:, :6].abs().max() <= 1  # cut at two, times the truncation
+    assert torch.equal(latents[:, 6:].sum(1), torch.ones(50))
+    assert torch.equal(latents, module.Latents(6, 4, 0.5).draw(50, 3))

@@ -6,10 +6,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import vit
 from torch import Tensor, nn
 
 from sbpatch.attention import LpAttention
 from sbpatch.errors import SbpatchError
+from sbpatch.sites import swapped
 
 POWERS = [1, 2, 3, 4, 2.5]
 
@@ -149,6 +151,22 @@ def test_a_model_learns_with_it() -> None:
         right.append(float((logits.argmax(-1) == label).float().mean()))
     assert sum(right[:10]) / 10 < 0.5
     assert sum(right[-20:]) / 20 > 0.9
+
+
+def test_sites_of_a_pretrained_architecture_compute_it() -> None:
+    model = vit()
+    layer = LpAttention(2, keys=4)
+    sites = [name for name, _ in model.named_modules() if name.endswith(".attn")]
+    x = torch.randn(2, 3, 64, 64)
+    exact = model(x)
+    with swapped(model, dict.fromkeys(sites, lambda call: layer(call.query, call.key, call.value))):
+        out = model(x)
+        out.sum().backward()
+    assert not torch.allclose(out, exact, atol=1e-3)
+    for name in sites:
+        gradient = model.get_submodule(name).qkv.weight.grad
+        assert gradient.isfinite().all()
+        assert all(part.abs().sum() > 0 for part in gradient.chunk(3))  # queries, keys and values
 
 
 def test_what_it_refuses() -> None:
