@@ -4,7 +4,7 @@
     python recipes/biggan.py --weights biggan-deep-512 --images imagenet/val -o biggan
 
 `--weights` is a folder with config.json and pytorch_model.bin as released for pytorch-pretrained-biggan; to `--images`, a
-folder of class folders or a parquet file, the distance is measured. The attention layer, 4,096 queries against 1,024 keys in the
+folder of class folders or a parquet file, the distance is measured. Its attention layer, 4,096 queries by 1,024 keys in the
 512 px model, is calibrated on latents of its own at each of `--budgets` (arXiv 2110.15343, section 5) and every variant draws
 the same images. biggan.md is the table, biggan.json the same with the settings. The metrics are torchmetrics', whose network
 torch-fidelity downloads once; scores of fewer than 50,000 images are not those of the literature.
