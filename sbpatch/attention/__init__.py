@@ -32,7 +32,8 @@ from . import (  # noqa: F401  each registers its parts
     wildcat,
     window,
 )
+from .lp import LpAttention
 from .registry import PARTS, Geometry, parse_method, register
 from .scatterbrain import Scatterbrain, check_parameters
 
-__all__ = ["PARTS", "Geometry", "Scatterbrain", "check_parameters", "parse_method", "register"]
+__all__ = ["PARTS", "Geometry", "LpAttention", "Scatterbrain", "check_parameters", "parse_method", "register"]

@@ -31,10 +31,14 @@ STEPS = 40  # of the fixed point for the Lewis weights; it contracts by |1 - p/2
 def leverage_scores(k: Tensor, gram: Tensor | None = None) -> Tensor:
     """k_j^T G^+ k_j for rows k (..., n, d) -> (..., n) float64; G = K^T K of these rows, unless given."""
     k = k.double()
-    values, vectors = torch.linalg.eigh(k.mT @ k if gram is None else gram)
+    return (k @ _whitening(k.mT @ k if gram is None else gram)).square().sum(-1)
+
+
+def _whitening(gram: Tensor) -> Tensor:
+    """W (..., d, d) with W W^T = G^+, for G (..., d, d) float64."""
+    values, vectors = torch.linalg.eigh(gram)
     kept = values > NULL * values[..., -1:].clamp(min=1e-300)
-    scale = values.masked_fill(~kept, 1).rsqrt() * kept
-    return (k @ (vectors * scale[..., None, :])).square().sum(-1)
+    return vectors * (values.masked_fill(~kept, 1).rsqrt() * kept)[..., None, :]
 
 
 def lewis_weights(k: Tensor, power: float) -> Tensor:
@@ -46,6 +50,39 @@ def lewis_weights(k: Tensor, power: float) -> Tensor:
         score = leverage_scores(k * scale[..., None])
         weight = score if power > 2 else (score / scale.square()).pow(power / 2)
     return weight
+
+
+def universal_set(k: Tensor, key_mask: Tensor | None, keys: int, power: float) -> Tensor:
+    """Indices of the `keys` rows of k (B, H, n, d) with the largest Lewis weight, (B, H, keys), no more than n; no gradients.
+
+    Padding (key_mask (B, n) bool, True for real keys) scores nothing and comes last.
+    """
+    return lewis_weights(_real(k, key_mask), power).topk(min(keys, k.shape[-2]), dim=-1).indices
+
+
+def _real(k: Tensor, key_mask: Tensor | None) -> Tensor:
+    k = k.detach()
+    return k if key_mask is None else k * key_mask[:, None, :, None]
+
+
+def sketched_scores(k: Tensor, rows: int, columns: int, generator: torch.Generator) -> Tensor:
+    """Leverage scores from two sketches: rows k (..., n, d) -> (..., n) float32, or float64 where k is that.
+
+    A CountSketch adds each row, with a random sign, to one of `rows` sums, and G is that of the sums: n d operations in place
+    of n d^2. At rows of the order d^2 / eps^2 the scores are within 1 +- eps with high probability (Clarkson and Woodruff,
+    arXiv 1207.6365). The lengths of k_j G^(-1/2) are then those of `columns` random projections of it, with relative errors
+    near sqrt(2 / columns) in their squares (Drineas et al., arXiv 1109.3843); 0: of itself, n d^2 operations again.
+    """
+    n, device = k.shape[-2], k.device
+    k = k if k.dtype == torch.float64 else k.float()
+    place = torch.randint(rows, (n,), generator=generator).to(device)
+    sign = (2 * torch.randint(2, (n, 1), generator=generator) - 1).to(k)
+    sums = k.new_zeros(*k.shape[:-2], rows, k.shape[-1]).index_add_(k.ndim - 2, place, k * sign).double()
+    white = _whitening(sums.mT @ sums)
+    if columns:
+        random = torch.randn(k.shape[-1], columns, dtype=torch.float64, generator=generator)
+        white = white @ (random / columns**0.5).to(device)
+    return (k @ white.to(k.dtype)).square().sum(-1)
 
 
 def stream_leverage(chunks: Iterable[Tensor], keys: int) -> Tensor:
@@ -107,13 +144,9 @@ class Leverage(Sparse):
 
     def universal(self, k: Tensor, key_mask: Tensor | None) -> Tensor:
         """The universal set of each head, (B, H, keys); padding scores nothing and comes last."""
-        k = k.detach()
-        if key_mask is not None:
-            k = k * key_mask[:, None, :, None]
-        keys = min(self.keys, k.shape[-2])
         if self.chunk:
-            return stream_leverage(k.split(self.chunk, dim=-2), keys)
-        return lewis_weights(k, self.power).topk(keys, dim=-1).indices
+            return stream_leverage(_real(k, key_mask).split(self.chunk, dim=-2), min(self.keys, k.shape[-2]))
+        return universal_set(k, key_mask, self.keys, self.power)
 
     def select(self, q: Tensor, k: Tensor, key_mask: Tensor | None, scale: float) -> list[Tiles]:
         index = self.universal(k, key_mask)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sbpatch.attention import PARTS, Geometry, Scatterbrain
-from sbpatch.attention.leverage import leverage_scores, lewis_weights, stream_leverage
+from sbpatch.attention.leverage import leverage_scores, lewis_weights, sketched_scores, stream_leverage
 from sbpatch.errors import SbpatchError
 
 N, D = 240, 6
@@ -141,6 +141,21 @@ def test_stream_and_whole_agree_on_the_large_scores() -> None:
     above = (score > D / 30).nonzero()[:, 0]
     assert len(above) > 3
     assert set(above.tolist()) <= set(found.tolist())
+
+
+@pytest.mark.parametrize("name", KEYS)
+@pytest.mark.parametrize("columns", [0, 64])
+def test_sketched_scores_are_within_a_constant_factor(name: str, columns: int) -> None:
+    """Of all keys at once, the one alone in its direction included."""
+    k = adversarial(name)
+    score = leverage_scores(k)
+    found = sketched_scores(k.expand(2, -1, -1), 16 * D * D, columns, torch.Generator().manual_seed(1))
+    assert found.shape == (2, N)
+    assert torch.equal(found[0], found[1])
+    factor = 1.7 if columns == 0 else 2.5
+    assert (found[0] <= factor * score + 1e-9).all()
+    assert (score <= factor * found[0] + 1e-9).all()
+    assert sketched_scores(k.float(), 500, columns, torch.Generator()).dtype == torch.float32
 
 
 @pytest.mark.parametrize("n", [1, 20, 140])
