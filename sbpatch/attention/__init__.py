@@ -35,5 +35,16 @@ from . import (  # noqa: F401  each registers its parts
 from .lp import LpAttention
 from .registry import PARTS, Geometry, parse_method, register
 from .scatterbrain import Scatterbrain, check_parameters
+from .sized import sized_layer, sized_parameters
 
-__all__ = ["PARTS", "Geometry", "LpAttention", "Scatterbrain", "check_parameters", "parse_method", "register"]
+__all__ = [
+    "PARTS",
+    "Geometry",
+    "LpAttention",
+    "Scatterbrain",
+    "check_parameters",
+    "parse_method",
+    "register",
+    "sized_layer",
+    "sized_parameters",
+]

@@ -91,6 +91,7 @@ class Blocks(Joined):
             size = {"first": FIRST, "tile": _best_tile(site.tokens, group)} | (
                 {} if group == site.group else {"shared": 0}
             )
+            sized: list[dict[str, int]] = []
             while size["tile"] >= SHORTEST and not (sized := cls._shapes(stored, site, size)):
                 size["tile"] //= 2
             found += sized

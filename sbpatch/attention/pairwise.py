@@ -2,7 +2,8 @@
 
 The sparse part is summed as exp(q.k); what L holds on the support is taken off L's own sums; the two are merged in logarithmic
 scale like two blocks of a streaming softmax. Sums that are subtracted from are in float64 where L is a feature map, whose
-remainder may be 1e-7 of the whole, which is nothing in float32.
+remainder may be 1e-7 of the whole, which is nothing in float32. Shifts cancel in the output, so no gradient goes through them:
+none is lost, and that of a maximum over all pairs would cost as much again.
 """
 
 from __future__ import annotations
@@ -141,7 +142,7 @@ def _tile_sums(
     values = take(v, tiles.key).float()  # (B, H, T, L, e)
     logits = take(q, tiles.query).float() @ take(k, tiles.key).float().mT  # (B, H, T, g, L)
     logits = logits.masked_fill(~valid, -torch.inf)
-    shift = logits.amax(-1, keepdim=True).clamp(min=LOWEST)
+    shift = logits.detach().amax(-1, keepdim=True).clamp(min=LOWEST)
     weight = (logits - shift).exp()
     sums = [shift, weight @ values, weight.sum(-1, keepdim=True)]
     if summary is not None:
@@ -169,7 +170,7 @@ def _expansion_sums(low: Expansion, tiles: Tiles, q: Tensor, scale: float) -> Su
     """Over the points of each tile; q as `split` has it at that stage."""
     key, value, bias = (repeated(x, q.shape[1]) for x in expansion.points(low, slice(None), low.key.shape[2]))
     logits = take(q, tiles.query).float() @ (key * scale**0.5).mT + bias[..., None, :]  # (B, H, T, g, m)
-    shift = logits.amax(-1, keepdim=True).clamp(min=LOWEST)
+    shift = logits.detach().amax(-1, keepdim=True).clamp(min=LOWEST)
     weight = (logits - shift).exp()
     shift, numerator, denominator = (
         restore(x, tiles.slot) for x in (shift, weight @ value, weight.sum(-1, keepdim=True))
@@ -194,7 +195,7 @@ class _PointSums:
         shifts, sums = [], []
         for start in range(0, q.shape[2], ROWS):
             logits = self._logits(start)
-            shifts.append(logits.amax(-1, keepdim=True).clamp(min=LOWEST))
+            shifts.append(logits.detach().amax(-1, keepdim=True).clamp(min=LOWEST))
             sums.append((logits - shifts[-1]).exp() @ summed)
         total = torch.cat(sums, 2)
         self.sums = torch.cat(shifts, 2), total[..., :-1], total[..., -1:]
@@ -236,8 +237,8 @@ def _scaled(low: Features) -> tuple[Tensor, Tensor, Tensor]:
 
     Both cancel in the quotient, and no real key underflows because of another one.
     """
-    top = low.log_key.amax(-2, keepdim=True).clamp(min=LOWEST)  # (B, H, 1, m)
-    shift = (low.log_query + top).amax(-1, keepdim=True)  # (B, H, n, 1)
+    top = low.log_key.detach().amax(-2, keepdim=True).clamp(min=LOWEST)  # (B, H, 1, m)
+    shift = (low.log_query.detach() + top).amax(-1, keepdim=True)  # (B, H, n, 1)
     return shift, (low.log_query + top - shift).double().exp(), (low.log_key - top).double().exp()
 
 

@@ -43,10 +43,10 @@ from .entries import (
     ENTRY_SAMPLES,
     Case,
     feature_estimates,
+    layer_if_any,
     process_case,
     row_parameters,
     single_entries,
-    sized_layer,
 )
 from .oracles import SHARE, SPLITS, both_parts, process_sweep, pure_errors, rank_for, relative
 
@@ -184,7 +184,7 @@ def _point(site: Site, head: int, sample: int, calls: list[Call], seed: int) -> 
     for method in METHODS:
         tried = []
         for share in SPLITS:
-            layer = sized_layer(method, geometry, row_parameters(rank, geometry), share, seed)
+            layer = layer_if_any(method, geometry, row_parameters(rank, geometry), share, seed)
             if layer is not None:
                 layer = layer.to(q.device)
                 tried.append((relative(layer(q, k, unit, scale=scale)[0, 0].double() - matrix, matrix), share, layer))

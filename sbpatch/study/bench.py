@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..attention import PARTS, Geometry, Scatterbrain, parse_method
+from ..attention import Geometry, Scatterbrain, parse_method, sized_parameters
 from ..calibration.candidates import candidates_for
 from ..calibration.costs import clumped
 from ..errors import SbpatchError, one_line, out_of_memory
@@ -63,16 +63,11 @@ def sized_layer(method: str, site: Geometry, budget: float, seed: int, moments: 
     Raises:
         SbpatchError: the method cannot work in that budget, or not at such a site.
     """
-    sparse, low_rank = parse_method(method)
-    parts = [name for name in (sparse, low_rank) if name]
-    parameters: dict[str, int] = {}
-    for name in parts:
-        sized = PARTS[name].sized(budget * site.row_keys / len(parts), site)
-        if sized is None:
-            raise SbpatchError(
-                f"budget {budget:g} of {site.row_keys:g} keys is less than {method} can work with: raise --budget"
-            )
-        parameters |= sized
+    parameters = sized_parameters(method, site, budget * site.row_keys)
+    if parameters is None:
+        raise SbpatchError(
+            f"budget {budget:g} of {site.row_keys:g} keys is less than {method} can work with: raise --budget"
+        )
     layer = Scatterbrain(method, site, seed, **parameters)
     if moments is not None:
         layer.fit(*moments)

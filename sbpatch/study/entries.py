@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..attention import PARTS, Geometry, Scatterbrain, parse_method
+from ..attention import Geometry, Scatterbrain, sized_layer
 from ..attention.favor import Favor
 from ..errors import SbpatchError
 from .oracles import PROCESS, SHARE, process_queries, rank_for
@@ -25,21 +25,11 @@ FEATURE_DRAWS = 8
 Case = tuple[Tensor, Tensor, Geometry]  # q, k (1, 1, n, d) with logits q.k
 
 
-def sized_layer(method: str, site: Geometry, stored: float, split: float, seed: int) -> Scatterbrain | None:
+def layer_if_any(method: str, site: Geometry, stored: float, split: float, seed: int) -> Scatterbrain | None:
     """`method` at that many stored entries a row, `split` of them low-rank; None where it cannot be had at this site."""
-    sparse, low_rank = parse_method(method)
-    shares = {sparse: stored, low_rank: stored}
-    if sparse and low_rank:
-        shares = {sparse: stored * (1 - split), low_rank: stored * split}
-    parameters: dict[str, int] = {}
-    for name, part in shares.items():
-        sized = PARTS[name].sized(part, site) if name else {}
-        if sized is None:
-            return None
-        parameters |= sized
     try:
-        return Scatterbrain(method, site, seed, **parameters)
-    except SbpatchError:  # clusters on a causal site that has no wide window
+        return sized_layer(method, site, stored, low_rank=split, seed=seed)
+    except SbpatchError:  # such as clusters on a causal site that has no wide window
         return None
 
 
@@ -69,7 +59,7 @@ def single_entries(name: str, cases: Sequence[Case], seed: int) -> dict[str, Any
                 row_parameters(rank_for(geometry.rows, geometry.tokens, SHARE), geometry),
             )
             for draw in range(ENTRY_SEEDS):
-                layer = sized_layer(method, geometry, stored, 0.5, seed + 101 * draw)
+                layer = layer_if_any(method, geometry, stored, 0.5, seed + 101 * draw)
                 if layer is None:  # too few tokens for the method
                     wrong += torch.nan
                     continue

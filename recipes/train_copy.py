@@ -1,0 +1,46 @@
+"""Copy: learn to repeat 511 random symbols, with full attention and with 1/8 of its entries (arXiv 2110.15343, section 5).
+
+    python recipes/train_copy.py --json docs/results/train-copy.json
+
+Sequences are 0w0w, w drawn anew each time. The second w is what a model is trained on and what its perplexity is measured on:
+1 where it copies, as many as there are symbols where it cannot. Models have two causal blocks of four heads. The file of
+figures and its table, train-copy.md beside it, are written after each model; a run that was stopped goes on from there.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+import training
+from training import Batch, Settings, Task
+
+SYMBOLS = 64  # besides the 0 between the copies
+METHODS = ("full", "scatterbrain", "reformer", "performer", "local", "blocks")
+TESTED = 32  # sequences
+
+
+def sequences(tokens: int, count: int, generator: torch.Generator) -> Batch:
+    """0w0w, (count, tokens); the targets are the next tokens, from the second 0 on."""
+    half = tokens // 2
+    word = torch.randint(1, SYMBOLS + 1, (count, half - 1), generator=generator)
+    once = torch.cat((torch.zeros(count, 1, dtype=torch.int64), word), dim=1)
+    whole = torch.cat((once, once), dim=1)
+    targets = torch.full_like(whole, training.IGNORED)
+    targets[:, half:-1] = word
+    return Batch(whole, targets)
+
+
+def main() -> None:
+    parser = training.arguments(__doc__, Settings(batch=2, lr=2e-3), METHODS, "train-copy.json")
+    args = parser.parse_args()
+    draw = partial(sequences, args.tokens)
+    generator = torch.Generator().manual_seed(2**31)  # no seed of a training
+    test = [draw(8, generator) for _ in range(TESTED // 8)]
+    count = SYMBOLS + 1
+    task = Task("copy", "perplexity", count, count, True, draw, test, {"perplexity of a guess": float(SYMBOLS)})
+    training.run(task, args)
+
+
+if __name__ == "__main__":
+    main()
