@@ -35,7 +35,7 @@ NAME = cache_name(LlamaForCausalLM)
 class Every(Settings):
     """Reads every block exactly, so that what comes out is exact attention by the way of the blocks."""
 
-    def best(self, tokens: int, blocked: int) -> int:
+    def best(self, tokens: int, blocked: int, weight: float = 1.0) -> int:
         return blocked // self.block
 
 
@@ -292,6 +292,26 @@ def test_a_small_budget_reads_that_much_and_stores_little_more():
     assert chosen.read_share == pytest.approx((1 + cache.layers[1].read / cache.layers[1].offered) / 2)
 
 
+def test_layers_read_in_proportion_to_their_weights_and_the_budget_on_average():
+    alike, apart = (CompressedCache(model().config, SMALL, chosen) for chosen in ([0, 1], {0: 0.2, 1: 0.3}))
+    for cache in (alike, apart):
+        model().generate(IDS, **{NAME: cache}, **PLAIN)
+    few, many = (layer.read / layer.offered for layer in apart.layers)
+    assert few < alike.read_share < many
+    assert 1.25 < many / few < 1.65  # 1.5, in whole blocks
+    assert apart.read_share <= 0.5
+
+
+def test_a_layer_of_great_weight_is_exact_however_it_lies():
+    layer = CompressedLayer(SMALL, weight=10.0)
+    layer.update(*tensors(150))
+    q, new = torch.randn(2, 6, 1, 8, generator=torch.Generator().manual_seed(1)), tensors(1, seed=9)
+    past = [torch.cat(x, 2) for x in zip(tensors(150), new, strict=True)]
+    torch.testing.assert_close(attention(layer, q, new), F.scaled_dot_product_attention(q, *past, enable_gqa=True))
+    assert layer.blocked > 0
+    assert layer.read == layer.offered
+
+
 def test_generate_uses_the_compressed_cache_unless_told_otherwise():
     plain = model().generate(IDS, **PLAIN)
     patched = with_compressed_cache(model(), settings=SMALL)
@@ -350,4 +370,4 @@ def test_a_loaded_directory_compresses_the_layers_that_are_patched(tmp_path):
     own = sbpatch.load(tmp_path / "out")
     found = own.generate(IDS, return_dict_in_generate=True, **PLAIN)[NAME]
     assert [type(layer).__name__ for layer in found.layers] == ["CompressedLayer", "DynamicLayer"]
-    assert patched_layers(sbpatch.unpatch(own)) == []
+    assert patched_layers(sbpatch.unpatch(own)) == {}

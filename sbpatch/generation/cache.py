@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 from transformers import Cache, DynamicCache, PreTrainedConfig
 from transformers.cache_utils import DynamicLayer
@@ -21,16 +21,22 @@ class CompressedCache(Cache):
     Args:
         config: of the model.
         settings: what a step reads.
-        chosen: numbers of layers; all where it is None.
+        chosen: numbers of layers; all where it is None. With a weight each, a layer reads in proportion to it, and the
+            budget is the mean of the chosen ones: such are the shares of the entries that a plan gives its sites.
     """
 
     def __init__(
-        self, config: PreTrainedConfig, settings: Settings | None = None, chosen: Collection[int] | None = None
+        self,
+        config: PreTrainedConfig,
+        settings: Settings | None = None,
+        chosen: Collection[int] | Mapping[int, float] | None = None,
     ) -> None:
         self.settings = settings or Settings()
         scratch = Scratch()
+        weights = chosen if isinstance(chosen, Mapping) else {}
+        mean = sum(weights.values()) / max(len(weights), 1)
         layers = [
-            CompressedLayer(self.settings, scratch)
+            CompressedLayer(self.settings, scratch, weights.get(number, mean) / mean if mean else 1.0)
             if type(layer) is DynamicLayer and (chosen is None or number in chosen)
             else layer
             for number, layer in enumerate(DynamicCache(config=config).layers)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from functools import cache as remembered
 from pathlib import Path
 from typing import Any, cast
@@ -12,6 +12,7 @@ from torch import nn
 
 from ..errors import SbpatchError
 from ..plan import hub, patch
+from ..sites.swap import PatchedSite
 
 SWITCH = ("compressed", "exact")
 
@@ -30,21 +31,31 @@ def load(directory: str | Path) -> nn.Module:
     return with_compressed_cache(model, layers) if layers else model
 
 
-def patched_layers(model: nn.Module) -> list[int]:
-    """Numbers of the layers of a text generator whose attention is patched, as its cache counts them; none for other models."""
-    if not getattr(model, "can_generate", lambda: False)():
-        return []
-    patched = [module for module in model.modules() if hasattr(module, "sbpatch")]
-    return [module.layer_idx for module in patched if isinstance(getattr(module, "layer_idx", None), int)]  # type: ignore[misc]
+def patched_layers(model: nn.Module) -> dict[int, float]:
+    """The layers of a text generator whose attention is patched, as its cache counts them; none for other models.
+
+    With each the share of its entries that the patch stores. Calibration gave more to layers whose errors the model suffers
+    from, and the same layers suffer from a cache that is read in part.
+    """
+    found: dict[int, float] = {}
+    if getattr(model, "can_generate", lambda: False)():
+        for module in model.modules():
+            site, number = getattr(module, "sbpatch", None), getattr(module, "layer_idx", None)
+            if isinstance(site, PatchedSite) and isinstance(number, int):
+                found[number] = site.layer.stored / site.layer.site.row_keys
+    return found
 
 
-def with_compressed_cache(model: nn.Module, layers: Collection[int] | None = None, settings: Any = None) -> nn.Module:
+def with_compressed_cache(
+    model: nn.Module, layers: Collection[int] | Mapping[int, float] | None = None, settings: Any = None
+) -> nn.Module:
     """Let `model.generate` use a `CompressedCache` of these layers (default: all), in place; `unpatch` takes it back.
 
     `generate` then takes `cache="exact"` for transformers' own cache. A cache that is given, `cache_implementation`,
     `use_cache=False` and a model that assists mean what they mean in transformers.
 
     Args:
+        layers: as `chosen` of `CompressedCache`.
         settings: a `Settings`, where it is not to be the default.
 
     Raises:

@@ -31,9 +31,10 @@ class CompressedLayer(CacheLayerMixin):
     is_sliding = False
     is_croppable = True
 
-    def __init__(self, settings: Settings, scratch: step.Scratch | None = None) -> None:
+    def __init__(self, settings: Settings, scratch: step.Scratch | None = None, weight: float = 1.0) -> None:
         super().__init__()
         self.settings, self.scratch = settings, scratch or step.Scratch()
+        self.weight = weight  # it reads so many times what layers read on average
         self.clear()
 
     def clear(self) -> None:
@@ -70,7 +71,7 @@ class CompressedLayer(CacheLayerMixin):
                 self._make_blocks(None)
             return key_states, value_states
         held = self._used()
-        if new == 1 and s.best(self.tokens, s.blocked(self.tokens, self.blocked)) > 0:
+        if new == 1 and s.best(self.tokens, s.blocked(self.tokens, self.blocked), self.weight) > 0:
             return Held.of(held[0], self), Held.of(held[1], self)
         self._count(self.tokens if new == 1 else 0)
         return self.in_time(held[0]), self.in_time(held[1])
@@ -196,8 +197,8 @@ class CompressedLayer(CacheLayerMixin):
         if real is not None and self.padding is not None:
             marks = (self.padding[1], real[:, self.blocked :], self.padding[2])
         past = step.Past(*self.memory, self.tokens, self.settings.block, *self.points, *marks)
-        best = max(self.settings.best(self.tokens, self.blocked), 1)
-        self._count(self.blocked // self.settings.block + best * self.settings.block + self.tokens - self.blocked)
+        best = max(self.settings.best(self.tokens, self.blocked, self.weight), 1)
+        self._count(past.read(best))
         return step.attend(q, past, best, self.scratch).reshape(*query.shape[:-1], -1)
 
     def _count(self, read: int) -> None:

@@ -12,7 +12,8 @@ class Settings:
     """What a step of decoding reads.
 
     Attributes:
-        budget: keys and values read a step, points included, as a share of the tokens in the cache; over 0, at most 1.
+        budget: keys and values read a step, points included, as a share of the tokens in the cache, on average over the
+            layers; over 0, at most 1.
         least: so many tokens are read whatever the budget: a quarter of a short past loses much and saves little; at least 0.
         block: tokens of a block, at least 2.
         recent: the latest tokens, always read exactly, at least 0.
@@ -41,10 +42,16 @@ class Settings:
         ready = tokens - self.recent - (before or self.block)  # the first tokens are a block of their own
         return before if ready < self.run else (before or self.block) + ready // self.run * self.run
 
-    def best(self, tokens: int, blocked: int) -> int:
-        """Blocks that a step reads exactly; under 1 where there is no room for one, or nothing is saved: then it reads all."""
+    def best(self, tokens: int, blocked: int, weight: float = 1.0) -> int:
+        """Blocks that a step reads exactly, of a layer that reads `weight` times what layers read on average.
+
+        Under 1 where there is no room for one on average, or nothing is saved: then a step reads all.
+        """
         if tokens <= self.least:
             return 0
         points = blocked // self.block
-        room = max(int(self.budget * tokens), self.least) - points - (tokens - blocked)
-        return min(room // self.block, points)
+        rest = points + tokens - blocked
+        mean = max(int(self.budget * tokens), self.least)
+        if mean - rest < self.block:
+            return 0
+        return min(max((int(weight * mean) - rest) // self.block, 1), points)

@@ -13,6 +13,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -35,6 +36,11 @@ class Past(NamedTuple):
     recent: Tensor | None = None
     bias: Tensor | None = None
 
+    def read(self, best: int) -> int:
+        """Keys and values that a step reads with so many blocks exactly."""
+        count = self.key.shape[2]
+        return self.tokens if best >= count else count + (best - count) * self.block + self.tokens
+
 
 class Scratch:
     """Memory for the blocks that a step copies, used again by the next one, as getting it anew takes longer than the copy."""
@@ -54,10 +60,13 @@ class Scratch:
 def attend(q: Tensor, past: Past, best: int, scratch: Scratch) -> Tensor:
     """Attention of one token: q (B, H, g, d), scaled, g query heads on each of H key heads -> (B, H, g, e), q's dtype.
 
-    `best` blocks are read exactly, from 1 to m. Reads m + best * block + n - m * block keys and values a key head.
+    `best` blocks are read exactly, from 1 to m. Reads m + best * block + n - m * block keys and values a key head; all n, as
+    they lie, where no block is left out.
     """
     kind, q = q.dtype, q.float()
     count, block = past.key.shape[2], past.block
+    if best >= count:
+        return _whole(q, past).to(kind)
     point = q @ past.key.mT  # (B, H, g, m)
     if past.bias is not None:
         point = point + past.bias[:, :, None]
@@ -84,6 +93,16 @@ def attend(q: Tensor, past: Past, best: int, scratch: Scratch) -> Tensor:
     on_point, on_exact, on_recent = weight.split([count, best * block, past.tokens - count * block], dim=-1)
     out = on_point @ past.value + on_exact @ value.float() + on_recent @ past.values[:, :, late].float()
     return out.to(kind)
+
+
+def _whole(q: Tensor, past: Past) -> Tensor:
+    """Exact attention of one token, for which the order of what is held does not matter."""
+    key, value = (x[:, :, : past.tokens].float() for x in (past.keys, past.values))
+    kept = None
+    if past.real is not None and past.recent is not None:
+        inside = past.real[:, :, : past.key.shape[2]].flatten(2)  # (B, H, m * block)
+        kept = torch.cat([inside, past.recent[:, None].expand(-1, inside.shape[1], -1)], dim=-1)[:, :, None]
+    return F.scaled_dot_product_attention(q, key, value, attn_mask=kept, scale=1.0)
 
 
 def _blocks(name: str, x: Tensor, index: Tensor, block: int, scratch: Scratch) -> Tensor:
