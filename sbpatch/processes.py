@@ -31,6 +31,10 @@ class Group:
     size: int = 1
     store: Any = None  # of the launcher
 
+    def share(self, items: Sequence[T]) -> Sequence[T]:
+        """This process's items: of r, r + size, r + 2 size, ... for rank r."""
+        return items[self.rank :: self.size]
+
 
 ALONE = Group()
 _here = ALONE
@@ -102,8 +106,8 @@ def is_first() -> bool:
 
 
 def share(items: Sequence[T]) -> Sequence[T]:
-    """This process's items: of r, r + size, r + 2 size, ... for rank r."""
-    return items[_here.rank :: _here.size]
+    """This process's items, see `Group.share`."""
+    return _here.share(items)
 
 
 def gathered(value: Any) -> list[Any]:
