@@ -17,11 +17,11 @@ from types import FrameType
 from typing import Any
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-AGAIN_SECONDS = 0.05  # after which a signal whose exception nobody saw comes again
+AGAIN_SECONDS = 0.05  # after which a signal is sent again whose exception was dropped
 
 
 class Stopped(BaseException):
-    """A signal asked the command to stop. No `Exception`, so that nobody takes it for a failure of theirs."""
+    """A signal asked the command to stop. No `Exception`, so that no handler of errors catches it."""
 
     def __init__(self, number: int) -> None:
         super().__init__(f"stopped by {signal.Signals(number).name}")

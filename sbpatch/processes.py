@@ -34,6 +34,10 @@ class Group:
     size: int = 1
     store: Any = None  # of the launcher
 
+    def share(self, items: Sequence[T]) -> Sequence[T]:
+        """This process's items: of r, r + size, r + 2 size, ... for rank r."""
+        return items[self.rank :: self.size]
+
 
 ALONE = Group()
 _here = ALONE
@@ -110,14 +114,9 @@ def is_first() -> bool:
     return _here.rank == 0
 
 
-def own() -> slice:
-    """Which items are this process's: r, r + size, r + 2 size, ... for rank r."""
-    return slice(_here.rank, None, _here.size)
-
-
 def share(items: Sequence[T]) -> Sequence[T]:
-    """This process's items, see `own`."""
-    return items[own()]
+    """This process's items, see `Group.share`."""
+    return _here.share(items)
 
 
 def gathered(value: Any) -> list[Any]:

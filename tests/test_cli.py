@@ -486,6 +486,13 @@ def test_help_waits_for_no_slow_import():
     assert done.stdout.strip() == "set()"
 
 
+def test_the_package_has_the_names_that_it_lists():
+    assert all(getattr(sbpatch, name) is not None for name in sbpatch.__all__)
+    assert {*sbpatch.__all__} <= {*dir(sbpatch)}
+    with pytest.raises(AttributeError, match="no attribute 'calibrated'"):
+        sbpatch.calibrated  # noqa: B018
+
+
 def test_refusal_of_the_real_process():
     run = process("calibrate", "t2t-vit-dmeo", "-o", "new")
     assert run.returncode == 1

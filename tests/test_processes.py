@@ -99,11 +99,7 @@ def without_times(result: Any) -> Any:
 
 @given(st.lists(st.integers(), max_size=20), st.integers(1, 5))
 def test_shares_are_all_items_once_and_in_order_again(items, size):
-    shares = []
-    for rank in range(size):
-        processes._here = processes.Group(rank, size)
-        shares.append(processes.share(items))
-    processes._here = processes.ALONE
+    shares = [processes.Group(rank, size).share(items) for rank in range(size)]
     assert processes.in_order(shares) == items
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
 

@@ -77,7 +77,7 @@ class Choice:
     def closer(
         self, budget: float, moments: Mapping[str, tuple[Tensor, Tensor]], device: torch.device
     ) -> dict[str, list[Candidate]]:
-        """Candidates around those that the budget buys, by site, without those that were measured already."""
+        """Candidates near those that the budget allows, by site, without those that were measured already."""
         found: dict[str, list[Candidate]] = {}
         both = self._chosen(budget)
         for name, measured in self.candidates.items():
@@ -169,7 +169,7 @@ def _why(site: SitePlan, heads: Sequence[Candidate], tried: int) -> str:
     if tried == 1:
         return "one setting, taken as it is" if site.decision == "patch" else "no method can work with so few entries"
     if site.decision == "exact":
-        return f"the best of {tried} layers tried: what it costs to stay exact buys more here than elsewhere"
+        return f"the best of {tried} layers tried: its entries lower the damage more here than at other sites"
     stored = sum(c.layer.stored for c in heads)
     share = 1 - sum(c.layer.nnz for c in heads) / stored
     took = heads[0].layer.method
@@ -180,5 +180,5 @@ def _why(site: SitePlan, heads: Sequence[Candidate], tried: int) -> str:
         took = ", ".join(f"{method} for {count}" for method, count in heads_by.items()) + " heads"
     return (
         f"entropy {site.entropy_ratio:.2f} of ln n suggests {site.entropy_ratio:.0%} low-rank; of {tried} layers tried, "
-        f"{took}, {share:.0%} low-rank, had the damage that paid best"
+        f"{took}, {share:.0%} low-rank, lowers the damage most for what it stores"
     )

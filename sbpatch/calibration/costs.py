@@ -1,4 +1,4 @@
-"""What one attention call costs on this device: milliseconds, measured once, kept in a file, looked up ever after.
+"""What one attention call costs on this device: milliseconds, measured once and kept in a file.
 
 A patch that is not faster than exact attention is no gain, and how fast it is depends on the device and not on the model's
 weights. So the times are measured on structured random inputs of the site's shape, each layer once a device, and the same

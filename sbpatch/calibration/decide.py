@@ -12,7 +12,7 @@ from ..plan.recipe import SiteSetting
 from ..sites.find import Site
 from .costs import CostTable
 
-# Without the times of the device: below this, exact attention is one small call that hardly any patch beats.
+# Without the times of the device: below this, exact attention is one small call, and few patches are faster.
 MIN_TOKENS = 256
 
 

@@ -1,4 +1,4 @@
-"""The command line: what is said to the user and asked of the library. docs/ describes each command."""
+"""The command line: a module for each command, which reads its flags and calls the library. docs/ describes them."""
 
 from .commands import main
 

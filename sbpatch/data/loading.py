@@ -163,7 +163,7 @@ def _parts(keys: Iterable[Any], size: int) -> Iterator[list[Any]]:
 
 
 def _by_workers(reader: _Reader, keys: Iterable[Any], workers: int) -> Iterator[Any]:
-    """As the reader gives them, in order. A worker is asked for no more before its answer is taken, so nobody waits in turn."""
+    """As the reader gives them, in order. A worker is asked for no more before its answer is taken, so that none waits."""
     pipes: list[Connection] = []
     processes: list[Any] = []
     try:

@@ -152,7 +152,7 @@ def decoding(
     for number, index in enumerate(progress(strided(range(len(data)), windows), "decoding")):
         inputs, labels = data[index]
         text = torch.cat((inputs["input_ids"], labels[-1:]))
-        for name in order[number % len(order) :] + order[: number % len(order)]:  # nobody always first
+        for name in order[number % len(order) :] + order[: number % len(order)]:  # each is first in turn
             _decode(variants[name], found[name], text[: -tokens - 1], text[-tokens - 1 :])
     exact = found[order[0]]
     return {name: one.figures(exact) for name, one in found.items()}

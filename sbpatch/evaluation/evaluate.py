@@ -183,7 +183,7 @@ def _run(
         found: dict[str, Kept] = {}
         running = list(pipes)
         this: dict[str, Batch] = {}
-        for variant in running[number % len(running) :] + running[: number % len(running)]:  # nobody always first
+        for variant in running[number % len(running) :] + running[: number % len(running)]:  # each is first in turn
             peak, first_ms = 0, None
             if number == 0:
                 send(pipes[variant], ("memory", inputs, labels))

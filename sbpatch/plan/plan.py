@@ -9,15 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    SerializerFunctionWrapHandler,
-    ValidationError,
-    model_serializer,
-    model_validator,
-)
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from torch import Tensor, nn
 
 from ..attention import PARTS, Geometry, Scatterbrain, check_parameters, parse_method
@@ -28,6 +20,7 @@ from ..reading import read_text
 from ..sites.find import Site
 from ..version import __version__
 from ..writing import json_text
+from .setting import MethodSetting
 
 PLAN_FILE = "sbpatch.json"
 FORMAT = 2  # of the file; raised where an older plan would mean something else now
@@ -44,35 +37,14 @@ def versions() -> dict[str, str]:
     }
 
 
-class Setting(BaseModel):
-    """A method with its cost and parameters.
-
-    In the file the parameters stand beside the other keys (`window`, ...); here they have a dictionary of their own, so
-    that none can pass for one of the others. The rank, which many methods count and some are given, is a field.
-    """
-
-    model_config = ConfigDict(extra="forbid", populate_by_name=True, allow_inf_nan=False)
+class Setting(MethodSetting):
+    """A method with its cost and parameters. The rank, which many methods count and some are given, is a field."""
 
     method: str | None = None
     seed: Seed | None = None
     rank: Count | None = None
     nnz: NotNegative | None = None
     budget: NotNegative | None = None  # stored / the keys of a row
-    parameters: dict[str, int] = Field(default_factory=dict, exclude=True)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _parameters_apart(cls, data: Any) -> Any:
-        """Whole numbers under keys that are no fields are the method's parameters."""
-        if not isinstance(data, dict):
-            return data
-        known = {key for name, field in cls.model_fields.items() for key in (name, field.alias)} - {"parameters"}
-        others = {key: value for key, value in data.items() if key not in known and type(value) is int}
-        return {key: value for key, value in data.items() if key not in others} | {"parameters": others}
-
-    @model_serializer(mode="wrap")
-    def _parameters_beside(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return {**handler(self), **self.parameters}
 
     def take(self, layer: Layer, seed: int) -> None:
         """Take over a built layer's method, parameters and cost."""

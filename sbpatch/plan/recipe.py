@@ -11,19 +11,17 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ..attention import check_parameters
-from ..bounds import Count, Tokens
+from ..bounds import Tokens
 from ..errors import SbpatchError, one_line
 from ..reading import read_text
+from .setting import MethodSetting
 
 Objective = Literal["memory", "time"]  # what the budget is a share of
 Allocation = Literal["joint", "measured", "entropy", "uniform"]  # the rule that shares it out
 
 
-class SiteSetting(BaseModel):
-    """A method with its parameters (`window`, `rank`, ...) as further keys, taken as they are, without a search."""
-
-    model_config = ConfigDict(extra="allow")
-    __pydantic_extra__: dict[str, Count] = Field(init=False)
+class SiteSetting(MethodSetting):
+    """A method with its parameters (`window`, `rank`, ...), used as they are, without a search."""
 
     method: str
 
@@ -31,10 +29,6 @@ class SiteSetting(BaseModel):
     def _parameters_are_the_methods(self) -> SiteSetting:
         check_parameters(self.method, self.parameters)
         return self
-
-    @property
-    def parameters(self) -> dict[str, int]:
-        return dict(self.model_extra or {})
 
 
 class Recipe(BaseModel):

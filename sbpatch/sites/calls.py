@@ -82,7 +82,7 @@ class Call:
         """The same call without a mask of pairs: what it says is in `key_mask` and `is_causal`.
 
         Where nothing of the mask's values may be asked, under compilation, export and the capture of a CUDA graph, it is
-        taken at its word.
+        trusted.
 
         Raises:
             SbpatchError: the call is causal and should not be or the reverse, or its mask says more than padding does.

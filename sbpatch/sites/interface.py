@@ -71,7 +71,7 @@ def serves(module: nn.Module) -> bool:
 
 
 def admit(model: nn.Module) -> None:
-    """Let the modules of a model that came by this door run: there is a plan, or they are being looked at."""
+    """Let the modules that call `attention` run: there is a plan, or their calls are being recorded."""
     for module in model.modules():
         if chosen(module):
             module.sbpatch_plan = True  # type: ignore[assignment]

@@ -1,6 +1,6 @@
 """Attention written out as matrix products, recognised on the way: softmax(Q K^T scale) V without an n x n tensor.
 
-In place of a product Q K^T a module gets a `Product`, which nobody has multiplied. Scaling, softmax and inactive dropout leave
+In place of a product Q K^T a module gets a `Product`, which is not multiplied out. Scaling, softmax and inactive dropout leave
 it one, and so does a transposition; multiplied by V it is an attention call. Anything else that is done with it multiplies it
 out and goes on with the tensor, so a module with a bias or a mixing of heads computes what it always did. Modules of one head
 may leave its dimension out and use bmm.

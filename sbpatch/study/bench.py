@@ -169,7 +169,7 @@ def _figures(work: Mapping[str, Callable[[], Tensor]], exact: Tensor, real: Tens
     timed = {name: without_launches(run, place) for name, run in work.items()}
     for turn in range(REPEATS):
         for i in range(len(names)):
-            name = names[(turn + i) % len(names)]  # nobody always goes first
+            name = names[(turn + i) % len(names)]  # each is first in turn
             times[name].append(elapsed_ms(timed[name], place)[1])
     return {
         name: {
