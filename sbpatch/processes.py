@@ -34,9 +34,14 @@ class Group:
     size: int = 1
     store: Any = None  # of the launcher
 
+    @property
+    def own(self) -> slice:
+        """Which items are this process's: r, r + size, r + 2 size, ... for rank r."""
+        return slice(self.rank, None, self.size)
+
     def share(self, items: Sequence[T]) -> Sequence[T]:
-        """This process's items: of r, r + size, r + 2 size, ... for rank r."""
-        return items[self.rank :: self.size]
+        """This process's items."""
+        return items[self.own]
 
 
 ALONE = Group()
@@ -112,6 +117,11 @@ def place() -> int:
 def is_first() -> bool:
     """Whether this process speaks and writes."""
     return _here.rank == 0
+
+
+def own() -> slice:
+    """Which items are this process's, see `Group.own`."""
+    return _here.own
 
 
 def share(items: Sequence[T]) -> Sequence[T]:

@@ -1,4 +1,4 @@
-"""What calibration has measured so far, in a file: a run that was cut off goes on after its last complete batch."""
+"""What calibration has measured so far, in a file: a run that was cut off goes on after its last complete sample."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .candidates import Candidate
 
 
 class Journal:
-    """Lines of JSON, each behind its checksum; the first names the `settings` that the others, one a batch, hold for.
+    """Lines of JSON, each behind its checksum; the first names the `settings` that the others, one a sample, hold for.
 
     A file of other settings, or none, begins anew; a last line that was cut off is dropped. A file that is damaged, or no
     file of ours, begins anew too, and `note` says so. Numbers survive with all their bits, so that a resumed calibration gives
@@ -53,7 +53,7 @@ class Journal:
             raise
 
     def recall(self, key: str, candidates: Mapping[str, list[Candidate]]) -> bool:
-        """Give candidates the sums they had after this batch; False where it was not measured yet."""
+        """Give candidates the sums they had after these samples; False where it was not measured yet."""
         if key not in self.found:
             return False
         for name, tried in candidates.items():
@@ -65,7 +65,7 @@ class Journal:
         return True
 
     def record(self, key: str, candidates: Mapping[str, list[Candidate]]) -> None:
-        """Keep the candidates' sums as they are after this batch."""
+        """Keep the candidates' sums as they are after these samples."""
         if self.path is None:
             return
         sums = {
