@@ -2,8 +2,8 @@
 
 The sparse part is summed as exp(q.k); what L holds on the support is taken off L's own sums; the two are merged in logarithmic
 scale like two blocks of a streaming softmax. Sums that are subtracted from are in float64 where L is a feature map, whose
-remainder may be 1e-7 of the whole, which is nothing in float32. Shifts cancel in the output, so no gradient goes through them:
-none is lost, and that of a maximum over all pairs would cost as much again.
+remainder may be 1e-7 of the whole, which is nothing in float32. Shifts cancel in the output, so that gradients need not go
+through them; those of points do, where a clamp stands in between.
 """
 
 from __future__ import annotations
@@ -195,7 +195,7 @@ class _PointSums:
         shifts, sums = [], []
         for start in range(0, q.shape[2], ROWS):
             logits = self._logits(start)
-            shifts.append(logits.detach().amax(-1, keepdim=True).clamp(min=LOWEST))
+            shifts.append(logits.amax(-1, keepdim=True).clamp(min=LOWEST))
             sums.append((logits - shifts[-1]).exp() @ summed)
         total = torch.cat(sums, 2)
         self.sums = torch.cat(shifts, 2), total[..., :-1], total[..., -1:]
