@@ -18,7 +18,7 @@ from tiny import checkpoint_of, refused, t2t
 
 from sbpatch.attention import Geometry
 from sbpatch.attention.robust_pca import robust_pca
-from sbpatch.cli import flags
+from sbpatch.cli import inputs
 from sbpatch.models.checkpoint import Checkpoint
 from sbpatch.study import analyze, entries, oracles
 
@@ -220,14 +220,14 @@ def test_encoders_are_read_on_full_stretches_of_text(tmp_path):
     loaded = Checkpoint(
         "tiny", tiny_text.bert(), "transformers", {}, tiny_text.preprocessing(64), sha256="", answer="features"
     )
-    found = flags.unpadded_set(loaded, str(text), 3, 0, None)
+    found = inputs.unpadded_set(loaded, str(text), 3, 0, None)
     samples = [found[i][0] for i in range(3)]
     assert len({tuple(x["input_ids"].tolist()) for x in samples}) == 3
     assert all(x["attention_mask"].sum() == 64 for x in samples)
     assert all((x["input_ids"] >= len(tiny_text.SPECIAL)).all() for x in samples)  # words, no padding, no headings
-    other = flags.unpadded_set(loaded, str(text), 3, 1, None)
+    other = inputs.unpadded_set(loaded, str(text), 3, 1, None)
     assert any((other[i][0]["input_ids"] != x["input_ids"]).any() for i, x in enumerate(samples))
-    assert "ask for fewer" in refused(flags.unpadded_set, loaded, str(text), 12, 0, None)
+    assert "ask for fewer" in refused(inputs.unpadded_set, loaded, str(text), 12, 0, None)
     batches = [{name: torch.stack([x[name] for x in samples]) for name in samples[0]}]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(oracles, "BETAS", 2)

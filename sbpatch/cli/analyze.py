@@ -11,7 +11,7 @@ import typer
 from .. import bounds, processes
 from ..study import analyze
 from ..writing import json_text
-from .flags import (  # fmt: skip
+from .flags import (
     CheckpointFile,
     DataDir,
     Device,
@@ -23,16 +23,11 @@ from .flags import (  # fmt: skip
     Seed,
     SkipBad,
     Source,
-    check_places,
-    input_batches,
     integer,
-    open_model,
-    out,
     progress_bars,
-    unpadded_set,
-    with_skipped,
-    write_json,
 )
+from .inputs import input_batches, open_model, unpadded_set
+from .results import check_places, out, with_skipped, write_json
 
 
 def analyze_command(

@@ -19,7 +19,7 @@ from ..plan.plan import versions
 from ..study import bench, bench_model, bench_report
 from ..study.bench_model import at_length
 from ..writing import json_text
-from .flags import (  # fmt: skip
+from .flags import (
     CheckpointFile,
     DataDir,
     Device,
@@ -32,18 +32,13 @@ from .flags import (  # fmt: skip
     Seed,
     SkipBad,
     Source,
-    check_places,
     integer,
     lengths_of,
     number,
-    open_model,
-    out,
     progress_bars,
-    unpadded_set,
-    with_skipped,
-    write_json,
-    write_plot,
 )
+from .inputs import open_model, unpadded_set
+from .results import check_places, out, with_skipped, write_json, write_plot
 
 
 def bench_command(

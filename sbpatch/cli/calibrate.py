@@ -18,7 +18,7 @@ from ..plan import artifact, report
 from ..plan.plan import versions
 from ..plan.recipe import Allocation, Objective, read_recipe
 from ..writing import beside, json_text
-from .flags import (  # fmt: skip
+from .flags import (
     CheckpointFile,
     DataDir,
     Device,
@@ -33,19 +33,12 @@ from .flags import (  # fmt: skip
     Seed,
     SkipBad,
     Source,
-    calibration_set,
-    check_places,
-    err,
-    input_batches,
     integer,
     number,
-    open_model,
-    out,
     progress_bars,
-    size_of,
-    with_skipped,
-    write_json,
 )
+from .inputs import calibration_set, input_batches, open_model, size_of
+from .results import check_places, err, out, with_skipped, write_json
 
 
 def calibrate_command(

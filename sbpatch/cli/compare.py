@@ -17,7 +17,7 @@ from ..plan.plan import versions
 from ..plan.recipe import Allocation
 from ..study import compare
 from ..writing import json_text
-from .flags import (  # fmt: skip
+from .flags import (
     CheckpointFile,
     DataDir,
     Dataset,
@@ -32,19 +32,11 @@ from .flags import (  # fmt: skip
     Seed,
     SkipBad,
     Source,
-    calibration_set,
-    check_places,
-    default_batch,
-    evaluation_set,
-    input_batches,
     integer,
-    open_model,
-    out,
     progress_bars,
-    with_skipped,
-    write_json,
-    write_plot,
 )
+from .inputs import calibration_set, default_batch, evaluation_set, input_batches, open_model
+from .results import check_places, out, with_skipped, write_json, write_plot
 
 ALLOCATIONS: tuple[Allocation, ...] = get_args(Allocation)
 

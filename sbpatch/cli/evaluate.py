@@ -18,7 +18,7 @@ from ..plan.patch import read_plan
 from ..plan.plan import versions
 from ..writing import json_text
 from .decoding import check_generate, decoding_figures
-from .flags import (  # fmt: skip
+from .flags import (
     CheckpointFile,
     DataDir,
     Dataset,
@@ -31,17 +31,12 @@ from .flags import (  # fmt: skip
     Quiet,
     Seed,
     SkipBad,
-    check_places,
-    default_batch,
-    evaluation_set,
     integer,
     lengths_of,
-    open_model,
-    out,
     progress_bars,
-    with_skipped,
-    write_json,
 )
+from .inputs import default_batch, evaluation_set, open_model
+from .results import check_places, out, with_skipped, write_json
 from .retrieval import retrieval_figures
 
 

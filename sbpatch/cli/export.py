@@ -14,20 +14,9 @@ from ..evaluation import export
 from ..plan.patch import read_plan
 from ..plan.plan import versions
 from ..writing import json_text
-from .flags import (  # fmt: skip
-    Dtype,
-    DtypeFlag,
-    JsonFile,
-    Length,
-    Quiet,
-    Seed,
-    calibration_set,
-    check_places,
-    err,
-    open_model,
-    out,
-    write_json,
-)
+from .flags import Dtype, DtypeFlag, JsonFile, Length, Quiet, Seed
+from .inputs import calibration_set, open_model
+from .results import check_places, err, out, write_json
 
 
 def export_command(

@@ -17,24 +17,9 @@ from ..plan.plan import Plan, versions
 from ..training import Result, Settings, Train, finetune, save
 from ..training.samples import divided
 from ..writing import beside, json_text
-from .flags import (  # fmt: skip
-    DataDir,
-    Dataset,
-    Device,
-    DeviceFlag,
-    Dtype,
-    JsonFile,
-    Quiet,
-    Seed,
-    SkipBad,
-    default_batch,
-    open_model,
-    out,
-    progress_bars,
-    training_set,
-    with_skipped,
-    write_json,
-)
+from .flags import DataDir, Dataset, Device, DeviceFlag, Dtype, JsonFile, Quiet, Seed, SkipBad, progress_bars
+from .inputs import default_batch, open_model, training_set
+from .results import out, with_skipped, write_json
 
 
 def finetune_command(

@@ -10,21 +10,9 @@ from ..data.batch import moved
 from ..plan import report
 from ..plan.plan import Budget, Plan
 from ..sites.find import find_sites
-from .flags import (  # fmt: skip
-    CheckpointFile,
-    Device,
-    DeviceFlag,
-    InputSize,
-    JsonFile,
-    Length,
-    Model,
-    Quiet,
-    Seed,
-    check_places,
-    open_model,
-    out,
-    write_json,
-)
+from .flags import CheckpointFile, Device, DeviceFlag, InputSize, JsonFile, Length, Model, Quiet, Seed
+from .inputs import open_model
+from .results import check_places, out, write_json
 
 
 def inspect_command(

@@ -15,7 +15,8 @@ from ..models.checkpoint import Checkpoint
 from ..plan.plan import Plan, versions
 from ..study.bench_model import at_length
 from .decoding import check_decodes
-from .flags import out, progress_bars, write_plot
+from .flags import progress_bars
+from .results import out, write_plot
 
 EACH = 4  # tasks a depth
 
