@@ -61,6 +61,16 @@ def ending() -> Iterator[None]:
                 signal.signal(number, handler)
 
 
+def ignored() -> None:
+    """From here on, and for `sbpatch` as a command alone, signals do nothing: its work is done, and Python ends.
+
+    Handlers are taken back by then, and the signal's default would give the exit code of a process that was killed.
+    """
+    if is_command() and threading.current_thread() is threading.main_thread():
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+
+
 @contextmanager
 def raising() -> Iterator[None]:
     """Inside, a signal raises `Stopped`; where it strikes code whose exceptions Python drops, it comes once more."""

@@ -17,7 +17,7 @@ from typer.core import TyperGroup
 
 from .. import processes
 from ..errors import SbpatchError, one_line, out_of_memory, system_reason
-from ..interrupts import Stopped, ending, raising
+from ..interrupts import Stopped, ending, ignored, raising
 from ..version import __version__
 from .results import err, out
 
@@ -115,7 +115,9 @@ def main() -> None:
             app()
     except SystemExit as done:
         processes.leave()
-        sys.exit(done.code if _flushed() else 1)
+        flushed = _flushed()
+        ignored()
+        sys.exit(done.code if flushed else 1)
     except Stopped as stopped:
         others = "; another process of this run ended, or the launcher was stopped" if processes.count() > 1 else ""
         _fail(f"{stopped}{others}", stopped.code)
@@ -144,6 +146,7 @@ def _fail(line: str, code: int = 1) -> None:
         if processes.first_to_fail():
             err.print(f"sbpatch: {line}", style="red", markup=False, highlight=False, soft_wrap=True)
     _flushed()
+    ignored()
     sys.exit(code)
 
 
