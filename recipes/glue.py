@@ -34,7 +34,8 @@ from transformers import (
     set_seed,
 )
 
-from sbpatch.attention import PARTS, Geometry, Scatterbrain, parse_method
+from sbpatch.attention import sized_layer
+from sbpatch.errors import SbpatchError
 from sbpatch.plan.plan import versions
 from sbpatch.sites import find_sites
 from sbpatch.sites.swap import PatchedSite, swap
@@ -110,15 +111,6 @@ def tokenized(data: Dataset, tokenizer: Any, texts: tuple[str, ...]) -> Dataset:
     return data.map(encode, batched=True, remove_columns=[c for c in data.column_names if c != "label"])
 
 
-def layer(method: str, site: Geometry, entries: float, seed: int) -> Scatterbrain:
-    """The layer of `method` that stores about so many entries of a row; of two parts, each gets half."""
-    parts = [name for name in parse_method(method) if name is not None]
-    sizes = [PARTS[name].sized(entries / len(parts), site) for name in parts]
-    if None in sizes:
-        raise SystemExit(f"{method} cannot be as small as {entries:g} entries of {site.tokens}: give a larger --share")
-    return Scatterbrain(method, site, seed, **{k: v for size in sizes if size is not None for k, v in size.items()})
-
-
 def classifier(model: str, labels: int, method: str, share: float, example: Any, seed: int) -> tuple[nn.Module, float]:
     """The model with a new head for so many labels (0: a number), patched; and the share of the entries that it stores."""
     config = AutoConfig.from_pretrained(model, num_labels=labels or 1)
@@ -129,7 +121,13 @@ def classifier(model: str, labels: int, method: str, share: float, example: Any,
     if method == EXACT:
         return network, 1.0
     sites = find_sites(network, example)
-    layers = [layer(method, site.geometry, share * site.geometry.row_keys, seed + i) for i, site in enumerate(sites)]
+    try:
+        layers = [
+            sized_layer(method, site.geometry, share * site.geometry.row_keys, seed=seed + i)
+            for i, site in enumerate(sites)
+        ]
+    except SbpatchError as error:
+        raise SystemExit(f"{error}: give a larger --share") from error
     swap(network, {site.name: PatchedSite(site.name, each) for site, each in zip(sites, layers, strict=True)})
     return network, float(np.mean([each.stored / each.site.row_keys for each in layers]))
 

@@ -67,9 +67,8 @@ def _along(x: Tensor, kept: Tensor | None) -> Tensor:
         some = (some - (some * weight).sum(-2, keepdim=True) / weight.sum(-2, keepdim=True).clamp(min=1)) * weight
     farthest = some.square().sum(-1).argmax(-1)  # the power method starts from the key farthest from the mean
     direction = some.gather(-2, farthest[..., None, None].expand(*farthest.shape, 1, x.shape[-1]))
-    for _ in range(
-        ITERATIONS
-    ):  # products by element: groups are many and small, and a batch of matrix products is slower
+    # products by element: groups are many and small, and a batch of matrix products is slower
+    for _ in range(ITERATIONS):
         weight = (some * direction).sum(-1, keepdim=True)
         direction = F.normalize((some * weight).sum(-2, keepdim=True), dim=-1)  # (B, H, groups, 1, d)
     along = (x * direction).sum(-1)
