@@ -41,11 +41,18 @@ def _end(number: int, frame: FrameType | None) -> None:
     os._exit(128 + number)
 
 
+COMMAND = is_command()  # found out as the package is imported: `python -m` changes sys.argv when the command starts
+
+
+def _answer(handler: Any) -> None:
+    if COMMAND and threading.current_thread() is threading.main_thread():  # signals are the main thread's
+        for number in SIGNALS:
+            signal.signal(number, handler)
+
+
 def end_at_once() -> None:
     """From here on, and for `sbpatch` as a command alone, a signal ends the process with its line."""
-    if is_command() and threading.current_thread() is threading.main_thread():  # signals are the main thread's
-        for number in SIGNALS:
-            signal.signal(number, _end)
+    _answer(_end)
 
 
 @contextmanager
@@ -66,9 +73,7 @@ def ignored() -> None:
 
     Handlers are taken back by then, and the signal's default would give the exit code of a process that was killed.
     """
-    if is_command() and threading.current_thread() is threading.main_thread():
-        for number in SIGNALS:
-            signal.signal(number, signal.SIG_IGN)
+    _answer(signal.SIG_IGN)
 
 
 @contextmanager
