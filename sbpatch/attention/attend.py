@@ -36,7 +36,7 @@ def attend(
     """
     tiles, low = selection
     if isinstance(low, Landmarks):
-        return fused.over_landmarks(q, low, v.dtype)
+        return fused.over_landmarks(q, v, low)
     form: ModuleType = fused
     if kernels.chosen(q) and kernels.chosen(v):
         from .kernels import forms as form

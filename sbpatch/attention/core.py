@@ -91,9 +91,9 @@ class Landmarks(NamedTuple):
 
     to_query: Tensor  # (B, H, d, r), the softmax scale included
     landmark: Tensor  # (B, H, m, r)
-    both: (
-        Tensor  # (B, H, 2 m, e + 1) weights by Nystrom, and then as clusters: for each value, and the weight's own sum
-    )
+    weight: Tensor  # (B, H, m, e + 1) by Nystrom: for each value, and the weight's own sum
+    members: Tensor  # (B, H, m, 1) members of each landmark's cluster
+    own: Tensor  # (B, H, n) the cluster of each key, m at padding
 
 
 class Factors(NamedTuple):
@@ -112,6 +112,11 @@ class Selection(NamedTuple):
 
     tiles: list[Tiles]
     low_rank: LowRankData | None
+
+
+def known_at_once(x: Tensor) -> bool:
+    """Whether code may branch on values of x: on a CPU, outside a compiled graph. A GPU would have to be waited for."""
+    return x.is_cpu and not torch.compiler.is_compiling()
 
 
 def take(x: Tensor, index: Tensor) -> Tensor:

@@ -43,7 +43,7 @@ class Found(NamedTuple):
     half: Tensor  # (B, H, m, 1) |l|^2 / 2
     gram: Tensor  # (B, H, m, m) G_ll + jitter; float64
     own: Tensor  # (B, H, n) the landmark that is the mean of this key and others
-    cluster: Tensor  # (B, H, m, e + 1) sums over own keys of their values and of 1
+    members: Tensor  # (B, H, m, 1) own keys of each landmark
     longest: Tensor  # (B, H, 1, 1) length of the longest key
     to_query: Tensor  # (B, H, d, directions) y = q to_query
 
@@ -93,7 +93,7 @@ class Coreset(LowRank):
         self.to_query, self.to_key = balanced(query, key, self.directions)
         return {"directions": self.to_key.shape[-1]}
 
-    def _landmarks(self, k: Tensor, v: Tensor, key_mask: Tensor | None, scale: float = 1.0) -> Found:
+    def _landmarks(self, k: Tensor, key_mask: Tensor | None, scale: float = 1.0) -> Found:
         x = self._centred(k, key_mask, scale)
         seen, real = x.detach(), None if key_mask is None else key_mask[:, None]  # (B, 1, n)
         far = min(self.rank // FAR, x.shape[-2])
@@ -118,22 +118,12 @@ class Coreset(LowRank):
             landmark = torch.cat((landmark, x.gather(2, index)), dim=2)
             other, better = kmeans.nearest(x.detach(), landmark[:, :, -far:].detach())
             own = torch.where(better * wide > score, other + (self.rank - far), own)
-        total = self._totals(x, v, own, key_mask)
-        landmark = kmeans.means(total[..., : x.shape[-1]], total[..., -1:], landmark)
+        ones = x.new_ones(x.shape[0], 1, x.shape[2]) if real is None else real.to(x.dtype)
+        total, count = kmeans.sums(x, own, self.rank), kmeans.counts(own, self.rank, ones)  # x is 0 at padding
+        landmark = kmeans.means(total, count, landmark)
         half = landmark.square().sum(-1, keepdim=True) / 2
-        cluster, longest = total[..., x.shape[-1] :], (length / wide).sqrt()[..., None]
-        return Found(x, landmark, half, _gram(landmark), own, cluster, longest, self.to_query * (width * scale**0.5))
-
-    def _totals(self, x: Tensor, v: Tensor, own: Tensor, key_mask: Tensor | None) -> Tensor:
-        """Sums of x, of v and of 1 over each landmark's own keys: (B, H, m, directions + e + 1)."""
-        one = _ones(x) if key_mask is None else key_mask[:, None, :, None].expand(*x.shape[:3], 1)
-        total = x.new_zeros(x.shape[0] * x.shape[1], self.rank, x.shape[-1] + 1 + v.shape[-1])
-        for at in kmeans.runs(x.shape[-2], x.shape[1] * total.shape[-1], x.device):
-            rows = torch.cat((x[:, :, at], v[:, :, at], one[:, :, at]), dim=-1)
-            if key_mask is not None:
-                rows = rows * one[:, :, at]
-            total = kmeans.added(total, rows.float().flatten(0, 1), own[:, :, at].flatten(0, 1))
-        return total.unflatten(0, x.shape[:2])
+        longest = (length / wide).sqrt()[..., None]
+        return Found(x, landmark, half, _gram(landmark), own, count, longest, self.to_query * (width * scale**0.5))
 
     def _centred(self, k: Tensor, key_mask: Tensor | None, scale: float) -> Tensor:
         """x, (B, H, n, directions), about its mean and zero at padding."""
@@ -154,13 +144,14 @@ class Coreset(LowRank):
         n m (13 p / 4 + 2 e) for keys and queries (3 e where a row strays), 3/4 m of `kmeans.SAMPLE` m p in each Lloyd step, and
         m^3 / 3 + m^2 e to solve. Bytes beside the output: 4 n (p + 2), and about 8 `kmeans.ENTRIES`.
         """
-        at = self._landmarks(k, v, key_mask, scale)
+        at = self._landmarks(k, key_mask, scale)
         if joined:
             return self._factors(at, q, k, key_mask, scale)
-        return Landmarks(at.to_query, at.landmark, self._weights(at, v, key_mask))
+        own = at.own if key_mask is None else at.own.masked_fill(~key_mask[:, None], self.rank)
+        return Landmarks(at.to_query, at.landmark, self._weights(at, v, key_mask), at.members, own)
 
     def _weights(self, at: Found, v: Tensor, key_mask: Tensor | None) -> Tensor:
-        """What each landmark weighs, by Nystrom and then as clusters, with its own sum at the end: (B, H, 2 m, e + 1)."""
+        """What each landmark weighs by Nystrom, with its own sum at the end: (B, H, m, e + 1)."""
         batch, heads, n, e = v.shape
         # l.x - |l|^2 / 2 is at most |l| longest - |l|^2 / 2, and |l|^2 / 2 at least for some key. Midway between them,
         # the largest is exp(+-LARGEST / 8), and float32 holds the sums
@@ -177,7 +168,7 @@ class Coreset(LowRank):
         smooth = torch.cat((smooth, torch.stack(parts).sum(0)), dim=-1)
         smooth = smooth.double().unflatten(0, (batch, heads)) * shift.double().exp()
         smooth = _solve(at.gram, smooth) * (-at.half).double().exp()
-        return torch.cat((smooth.clamp(-MOST, MOST).float(), at.cluster), dim=2)
+        return smooth.clamp(-MOST, MOST).float()
 
     def _factors(self, at: Found, q: Tensor, k: Tensor, key_mask: Tensor | None, scale: float) -> Factors:
         """Beside a sparse part: the weights alternate in sign and are subtracted from, so in float64. Rows that stray from the
@@ -198,16 +189,12 @@ class Coreset(LowRank):
         return Factors(shift + top + scale * (q.float() @ mean.mT), left, torch.cat((spread, member), dim=-1))
 
     def dense(self, q: Tensor, k: Tensor, key_mask: Tensor | None) -> Tensor:
-        at = self._landmarks(k, k, key_mask)
+        at = self._landmarks(k, key_mask)
         log_spread, real, mean = _by_key(at, k, key_mask)
         height = (at.queries(q) @ at.landmark.mT + q.float() @ mean.mT).double().exp()  # (B, H, n, m)
         nystrom = height * (-at.half.mT).double().exp() @ torch.linalg.inv(at.gram) @ log_spread.double().exp()
         cluster = height.gather(-1, at.own[..., None, :].expand_as(nystrom)) * real[..., None, :]
         return torch.where(strays(nystrom.sum(-1, keepdim=True), cluster.sum(-1, keepdim=True)), cluster, nystrom)
-
-
-def _ones(x: Tensor) -> Tensor:
-    return torch.ones_like(x[..., :1], memory_format=torch.contiguous_format)
 
 
 def _by_key(at: Found, k: Tensor, key_mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import expansion
-from .core import Expansion, Landmarks, Points, Tiles, places, repeated, take
-from .kmeans import added, runs
+from .core import Expansion, Landmarks, Points, Tiles, known_at_once, places, repeated, take
+from .kmeans import added, runs, sums
 
 ROWS = 1 << 12  # keys and points that the tiles of one call read together, of one sample
 UNEVEN = 1.25  # lists of one call are padded to the longest, which is at most so many times the shortest
@@ -35,33 +35,38 @@ def over_points(q: Tensor, points: Points, scale: float) -> Tensor:
     return out.reshape(*q.shape[:-1], out.shape[-1])
 
 
-def over_landmarks(q: Tensor, low: Landmarks, dtype: torch.dtype) -> Tensor:
-    """Each row's weights exp(y.l) times what the landmarks weigh: q (B, H, n, d) -> (B, H, n, e), in runs of rows."""
-    (batch, heads, n, _), width = q.shape, low.both.shape[-1] - 1
-    to_query, landmark, both = (x.flatten(0, 1) for x in low)  # (B H, ...)
-    value, total = both[..., :-1].contiguous(), both[..., -1].unflatten(-1, (2, -1))
-    out = q.new_empty(batch, heads, n, width, dtype=dtype)
+def over_landmarks(q: Tensor, v: Tensor, low: Landmarks) -> Tensor:
+    """Each row's weights exp(y.l) times what the landmarks weigh: q (B, H, n, d) -> (B, H, n, e), in runs of rows.
+
+    Row sums first: a row's m weights then go to the Nystrom weights or, where their sum strays, to the sums of the clusters'
+    values. Few rows stray, so a CPU, which can say at once whether any does, takes these sums only then.
+    """
+    (batch, heads, n, _), width = q.shape, low.weight.shape[-1] - 1
+    to_query, landmark, nystrom, count = (x.flatten(0, 1) for x in low[:4])  # (B H, ...)
+    value, total = nystrom[..., :-1].contiguous(), torch.cat((nystrom[..., -1:], count), dim=-1).mT  # (B H, 2, m)
+    cluster = None if known_at_once(q) else _cluster_values(v, low)
+    out = v.new_empty(batch, heads, n, width)
     for rows in runs(n, heads * (3 * landmark.shape[1] + width), q.device):
         y = torch.bmm(to_query.mT, q[:, :, rows].flatten(0, 1).float().mT)  # few rows are faster than as few columns
-        out[:, :, rows] = _read(y, landmark.mT, value, total).unflatten(0, (batch, heads))
+        weight = torch.bmm(y.mT, landmark.mT).softmax(-1)  # (B H, rows, m)
+        nystrom_sum, cluster_sum = torch.bmm(total, weight.mT).unbind(1)  # (B H, rows)
+        wrong = strays(nystrom_sum, cluster_sum)
+        if known_at_once(q) and not wrong.any():
+            found = torch.bmm(weight / nystrom_sum[..., None], value)
+        else:
+            cluster = _cluster_values(v, low) if cluster is None else cluster
+            row_sum, wrong = torch.where(wrong, cluster_sum, nystrom_sum), wrong[..., None]
+            weight = weight / row_sum.masked_fill(row_sum == 0, 1)[..., None]
+            weight = torch.cat((weight.masked_fill(wrong, 0), weight.masked_fill(~wrong, 0)), dim=-1)
+            found = torch.bmm(weight, torch.cat((value, cluster), dim=1))
+        out[:, :, rows] = found.unflatten(0, (batch, heads))
     return out
 
 
-def _read(y: Tensor, landmark: Tensor, value: Tensor, total: Tensor) -> Tensor:
-    """y (G, r, rows), landmark (G, r, m), value (G, 2 m, e), total (G, 2, m), see `core.Landmarks` -> (G, rows, e).
-
-    Row sums first: a row's m weights then go to that half of `value` which is believed. Where no row strays, which a CPU
-    can say at once, the other half is left out.
-    """
-    m = landmark.shape[-1]
-    weight = torch.bmm(y.mT, landmark).softmax(-1)  # (G, rows, m)
-    nystrom, cluster = torch.bmm(total, weight.mT).unbind(1)  # (G, rows)
-    wrong = strays(nystrom, cluster)
-    if y.is_cpu and not torch.compiler.is_compiling() and not wrong.any():
-        return torch.bmm(weight / nystrom[..., None], value[:, :m])
-    sums = torch.where(wrong, cluster, nystrom)
-    weight, wrong = weight / sums.masked_fill(sums == 0, 1)[..., None], wrong[..., None]
-    return torch.bmm(torch.cat((weight.masked_fill(wrong, 0), weight.masked_fill(~wrong, 0)), dim=-1), value)
+def _cluster_values(v: Tensor, low: Landmarks) -> Tensor:
+    """Sums of the values v (B, H, n, e) of each landmark's cluster, (B H, m, e)."""
+    m = low.landmark.shape[2]
+    return sums(v, low.own, m + 1)[:, :, :m].flatten(0, 1)
 
 
 def strays(nystrom: Tensor, cluster: Tensor) -> Tensor:

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from . import kernels
-from .core import take
+from .core import known_at_once, take
 
-ENTRIES = {"cpu": 1 << 17, "cuda": 1 << 25}  # numbers of one sample's rows that are worked on at once
+ENTRIES = {"cpu": 1 << 16, "cuda": 1 << 25}  # numbers of one sample's rows that are worked on at once
 CHUNK = 1024  # rows added at once
 SAMPLE = 16  # keys a centre that the Lloyd steps look at; the final assignment looks at all
 
@@ -140,8 +140,11 @@ def lloyd(k: Tensor, key_mask: Tensor | None, m: int, steps: int) -> Tensor:
     most = min(m, seen) - 1
     for _ in range(steps):
         total, count, distance = step(centre)
-        farthest, far = distance.topk(most + 1, dim=-1)  # (B, H, m)
         empty = count == 0
+        if known_at_once(k) and not empty.any():
+            centre = total / count
+            continue
+        farthest, far = distance.topk(most + 1, dim=-1)  # (B, H, m)
         turn = (empty.squeeze(-1).cumsum(-1) - 1).clamp_(0, most)  # the t-th empty cluster takes
         key = take(k, far.gather(-1, turn)[..., None, :]).squeeze(2)  # the t-th farthest key
         moved = torch.where(farthest.gather(-1, turn)[..., None] > 0, key.to(wide), centre)

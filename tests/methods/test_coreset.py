@@ -62,7 +62,7 @@ def test_the_clusters_that_rows_are_checked_against_never_exceed_the_exact_sum(
     q, k = torch.randn(2, 2, 3, 90, 8)
     key_mask = mask(90) if padded else None
     layer = Scatterbrain("coreset", Geometry(90, 3, 8), 0, rank=14).low_rank
-    at = layer._landmarks(k, k, key_mask)
+    at = layer._landmarks(k, key_mask)
     real = torch.ones(2, 1, 90) if key_mask is None else key_mask[:, None].float()
     mean = (k * real[..., None]).sum(-2, keepdim=True) / real[..., None].sum(-2, keepdim=True)
     cluster = (at.queries(q) @ at.landmark.mT).exp() @ kmeans.counts(at.own, 14, real)
