@@ -110,6 +110,20 @@ def test_no_slow_layer_is_chosen(allocation):
     assert free.exact_ms is free.patched_ms is None
 
 
+@pytest.mark.parametrize(("share", "several"), [(1.4, True), (1.6, False)])
+def test_where_the_smallest_layer_is_far_too_slow_larger_ones_are_not_timed(share, several):
+    asked = set()
+
+    def of_window(layer: Layer) -> float:
+        if layer.method == "local":
+            asked.add(tuple(sorted(layer.parameters_used.items())))
+            return share
+        return 0.5
+
+    calibrate(t2t(), BATCHES, budget=0.1, method="local+clusters", include=["*attention1*"], costs=Times(of_window))
+    assert (len(asked) > 1) == several
+
+
 class TwoHeads(nn.Module):
     """Two heads over 128 tokens, one nearly uniform, one that looks for single keys: no one size fits both."""
 

@@ -180,11 +180,12 @@ def candidates_for(
         methods = methods[:1]
     tried: dict[str, Candidate] = {}  # by `Candidate.name`
     possible, fastest = False, math.inf
+    too_slow: set[tuple[str, float]] = set()  # methods and splits whose larger layers need not be looked at
     for level, share_of_row in enumerate(_budgets(budget, heads) if joint else [budget]):
         for one in methods:
             stored = share_of_row * site.geometry.row_keys
             for share in _shares(one, site, allocation, alone=joint or method == "auto"):
-                if level % 2 and _coarse(one, share, heads):
+                if (one, share) in too_slow or (level % 2 and _coarse(one, share, heads)):
                     continue
                 layers = [
                     x for x in _layers(one, stored, share, site, seed, moments) if x.stored < site.geometry.row_keys
@@ -199,6 +200,8 @@ def candidates_for(
                         fastest = min(fastest, candidate.ms)
                     if costs is None or costs.pays(layer):
                         tried[candidate.name] = candidate
+                if costs is not None and layers and all(costs.too_slow(x) for x in layers):
+                    too_slow.add((one, share))
                 if layers and allocation in ("entropy", "uniform"):
                     break  # what follows is for where the rule's split leaves a part too little to work with
     if not possible and not (joint and not method.startswith(NAIVE)):

@@ -11,8 +11,8 @@ import json
 import math
 import os
 import platform
-import statistics
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -27,11 +27,11 @@ from ..reading import read_json
 from ..version import __version__
 from ..writing import check_target, written_whole
 
-REPEATS = 5
-ROWS = 1 << 15  # query rows of all heads in a timed call, at most; 8 samples at most
+RUNS = 3  # of which the least counts, the first one warms up: what else the machine does only adds to it
+ROWS = 1 << 14  # query rows of all heads in a timed call, at most; 8 samples at most
 LEAST = (1 / 16, 1 / 8, 1 / 4, 1 / 2)  # shares of a row's keys that the cheapest patch reads: the first that can be had
-TOO_SLOW = 1.5  # times exact attention: what takes more in each of LOOKS runs is not measured further
-LOOKS = 3  # one run that something else on the machine held up says nothing
+CLEAR = 1.5  # times faster than exact attention: what is so in its second run is not run again
+TOO_SLOW = 1.5  # times slower: larger layers of the same method and split are not measured
 PAYS = 0.9  # of exact attention's time: what a patch must take at most, or the noise of timing decides
 
 
@@ -55,7 +55,7 @@ class CostTable:
         if key not in self.rows:
             exact = Exact(site)
             q, k, v = _inputs(site, self.device, self.dtype)
-            self.rows[key] = self._measured(lambda: exact(q, k, v), REPEATS) / len(q)
+            self.rows[key] = self._measured(lambda: exact(q, k, v), len(q))
             self._write()
         return self.rows[key]
 
@@ -69,18 +69,17 @@ class CostTable:
         if key not in self.rows:
             exact = self.exact_ms(site)
             q, k, v = _inputs(site, self.device, self.dtype)
-            least, looks = math.inf, 0
-            while least > TOO_SLOW * exact and looks < LOOKS:
-                least, looks = min(least, self._measured(lambda: layer(q, k, v), 1) / len(q)), looks + 1
-            if least <= TOO_SLOW * exact:
-                least = min(least, self._measured(lambda: layer(q, k, v), REPEATS) / len(q))
-            self.rows[key] = least
+            self.rows[key] = self._measured(lambda: layer(q, k, v), len(q), exact)
             self._write()
         return self.rows[key]
 
     def pays(self, layer: Layer) -> bool:
         """Whether the layer is faster than exact attention."""
         return self.ms(layer) < PAYS * self.exact_ms(layer.site)
+
+    def too_slow(self, layer: Layer) -> bool:
+        """Whether it is so much slower than exact attention that a larger one need not be measured."""
+        return self.ms(layer) > TOO_SLOW * self.exact_ms(layer.site)
 
     def cheapest(self, site: Geometry) -> Layer | None:
         """About the least that any method does at a site: where this does not pay, nothing will. None: no such small one."""
@@ -89,14 +88,18 @@ class CostTable:
         size = next((size for size in sizes if size is not None), None)
         return None if size is None else Scatterbrain(method, site, 0, **size).to(self.device)
 
-    def _measured(self, work: Callable[[], Tensor], repeats: int) -> float:
-        return processes.from_first(lambda: self._timed(work, repeats))
+    def _measured(self, work: Callable[[], Tensor], samples: int, exact: float | None = None) -> float:
+        """Milliseconds a sample; of what takes far less than `exact` in fewer runs."""
 
-    def _timed(self, work: Callable[[], Tensor], repeats: int) -> float:
-        if repeats > 1:
-            work()
-        timed = without_launches(work, self.device) if repeats > 1 else work
-        return statistics.median(elapsed_ms(timed, self.device)[1] for _ in range(repeats))
+        def least() -> float:
+            timed, found = without_launches(work, self.device), math.inf
+            for run in range(1, RUNS + 1):
+                found = min(found, elapsed_ms(timed, self.device)[1] / samples)
+                if exact and run > 1 and found < exact / CLEAR:
+                    break
+            return found
+
+        return processes.from_first(least)
 
     def _key(self, what: str, site: Geometry) -> str:
         heads = f"{site.heads}/{site.key_heads}" if site.key_heads else f"{site.heads}"
@@ -152,6 +155,7 @@ def device_key(device: torch.device, dtype: torch.dtype) -> str:
     return f"{name} torch {torch.__version__} sbpatch {__version__} {str(dtype).removeprefix('torch.')}"
 
 
+@lru_cache(maxsize=1)  # one site's layers are measured after each other
 def _inputs(site: Geometry, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values of a few samples."""
     batch = max(1, min(8, ROWS // (site.rows * site.heads)))
