@@ -61,7 +61,7 @@ def test_eager_is_left_out_where_its_matrix_is_too_large(monkeypatch: pytest.Mon
 
 def test_a_causal_budget_is_of_the_keys_that_a_row_reads() -> None:
     row = by_method(run_bench([300], ["window"], budget=0.2, heads=2, head_dim=8, causal=True))["window"]
-    layer = bench.sized_layer("window", Geometry(300, 2, 8, causal=True), 0.2, 0)
+    layer = bench.budgeted_layer("window", Geometry(300, 2, 8, causal=True), 0.2, 0)
     assert layer.parameters_used == {"window": 30}  # of 150.5 keys, not of 300
     assert row["budget"] == layer.stored / 150.5 <= 0.2
     assert row["causal"]
@@ -81,7 +81,7 @@ def test_a_method_that_cannot_work_is_a_row_with_the_reason() -> None:
 def test_what_is_wrong_at_every_length_is_refused() -> None:
     assert "unknown attention method" in refused(run_bench, [64], ["lhs"])
     assert "not a share" in refused(run_bench, [64], budget=3.0)
-    assert "raise --budget" in refused(bench.sized_layer, "lsh", Geometry(64, 1, 8), 0.01, 0)
+    assert "raise --budget" in refused(bench.budgeted_layer, "lsh", Geometry(64, 1, 8), 0.01, 0)
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -104,7 +104,7 @@ def test_auto_is_the_best_candidate_that_is_not_slower(monkeypatch: pytest.Monke
     assert layer.stored <= 0.1 * 512
     best = float(output_error(call.through(layer), call.exact()).mean())
     for method in ("clusters", "lsh+clusters", "window", "coreset"):
-        other = bench.sized_layer(method, site.geometry, 0.1, 0)
+        other = bench.budgeted_layer(method, site.geometry, 0.1, 0)
         assert best <= float(output_error(call.through(other), call.exact()).mean())
     row = by_method(bench.call_rows(call, site, ["auto"], 0.1, 0))["auto"]
     assert row.keys() == KEYS | {"chosen"}
@@ -154,7 +154,7 @@ def test_rows_of_an_image_model_are_its_own_calls() -> None:
     assert all(row["speedup_vs_eager"] > 0 for row in rows)
 
     site = find_sites(model, x)[0]
-    layer = bench.sized_layer("clusters", site.geometry, 0.2, 0)
+    layer = bench.budgeted_layer("clusters", site.geometry, 0.2, 0)
     errors = []
 
     def observe(call: Call) -> Tensor:
@@ -176,8 +176,8 @@ def test_parts_are_fitted_to_another_sample(monkeypatch: pytest.MonkeyPatch) -> 
         fitted.append(args[-1])
         return sized(*args)
 
-    sized = bench.sized_layer
-    monkeypatch.setattr(bench, "sized_layer", layer)
+    sized = bench.budgeted_layer
+    monkeypatch.setattr(bench, "budgeted_layer", layer)
     errors = [
         bench_model(model, [(x, images(1, seed))], ["coreset"], budget=0.1, pattern="*attention1*")[-1]["output_error"]
         for seed in (1, 1, 2)
@@ -193,7 +193,7 @@ def test_rows_of_a_causal_text_model() -> None:
     assert {r["tokens"] for r in rows} == {96, 300}
     window = next(r for r in rows if r["method"] == "window" and r["tokens"] == 300)
     assert (window["sites"], window["heads"], window["head_dim"], window["causal"]) == (2, 4, 8, True)  # grouped heads
-    assert window["budget"] == bench.sized_layer("window", Geometry(300, 4, 8, True), 0.2, 0).stored / 150.5
+    assert window["budget"] == bench.budgeted_layer("window", Geometry(300, 4, 8, True), 0.2, 0).stored / 150.5
     assert all("cannot be causal; use blocks" in r["skipped"] for r in rows if r["method"] == "clusters")
 
 

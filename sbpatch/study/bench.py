@@ -57,7 +57,9 @@ def check_settings(methods: Iterable[str], budget: float) -> None:
 # -- the layers ------------------------------------------------------------------------------------------------------
 
 
-def sized_layer(method: str, site: Geometry, budget: float, seed: int, moments: Moments | None = None) -> Scatterbrain:
+def budgeted_layer(
+    method: str, site: Geometry, budget: float, seed: int, moments: Moments | None = None
+) -> Scatterbrain:
     """`method` at a budget, a share of `site.row_keys`; joined methods split in half, fitted parts fitted to `moments`.
 
     Raises:
@@ -131,7 +133,7 @@ def call_rows(
             if method == "auto":
                 layer = automatic(call, site, budget, seed, moments)
             else:
-                layer = sized_layer(method, geometry, budget, seed, moments).to(place)
+                layer = budgeted_layer(method, geometry, budget, seed, moments).to(place)
             if layer is None:
                 said[method] = {"budget": 1.0, "chosen": "exact"}
                 continue
