@@ -95,9 +95,10 @@ def means(total: Tensor, count: Tensor, centre: Tensor) -> Tensor:
 
 
 def _chunks(rows: Tensor, index: Tensor, keep: Tensor | None) -> Iterator[tuple[Tensor, Tensor]]:
-    """Runs of `CHUNK` rows, zero where they are padding, and their clusters."""
-    kept = [None] * len(rows.split(CHUNK, 2)) if keep is None else keep.split(CHUNK, 2)
-    for part, where, real in zip(rows.split(CHUNK, 2), index.split(CHUNK, 2), kept, strict=True):
+    """Runs of `CHUNK` rows, of all where a kernel adds them, zero where they are padding, and their clusters."""
+    size = rows.shape[2] if kernels.chosen(rows) else CHUNK
+    kept = [None] * len(rows.split(size, 2)) if keep is None else keep.split(size, 2)
+    for part, where, real in zip(rows.split(size, 2), index.split(size, 2), kept, strict=True):
         yield part if real is None else part * real[..., None], where
 
 
