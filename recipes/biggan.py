@@ -13,12 +13,12 @@ torch-fidelity downloads once; scores of fewer than 50,000 images are not those 
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import results
 import torch
 import torch.nn.functional as F
 from scipy.stats import truncnorm
@@ -121,9 +121,8 @@ def run(args: argparse.Namespace, gan: nn.Module, networks: tuple[Any, Any] = NE
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    lines = ["| attention | stored of the entries | Inception score | FID |", "|---|---|---|---|"]
-    lines += [f"| {r['attention']} | {r['stored']:.4f} | {r['inception']:.2f} | {r['fid']:.2f} |" for r in rows]
-    return "\n".join(lines) + "\n"
+    cells = ((r["attention"], f"{r['stored']:.4f}", f"{r['inception']:.2f}", f"{r['fid']:.2f}") for r in rows)
+    return results.table(("attention", "stored of the entries", "Inception score", "FID"), cells)
 
 
 def main(gan: nn.Module | None = None, networks: tuple[Any, Any] = NETWORK) -> None:
@@ -145,9 +144,7 @@ def main(gan: nn.Module | None = None, networks: tuple[Any, Any] = NETWORK) -> N
         gan = released(args.weights)
     rows = run(args, gan, networks)
     settings = {name: str(x) if isinstance(x, Path) else x for name, x in vars(args).items()}
-    args.output.with_suffix(".md").write_text(table(rows), encoding="utf-8")
-    result = {"settings": settings, "versions": versions(), "rows": rows}
-    args.output.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    results.write(args.output, table(rows), {"settings": settings, "versions": versions(), "rows": rows})
     print(table(rows))
 
 

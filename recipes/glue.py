@@ -13,13 +13,13 @@ from __future__ import annotations
 
 import argparse
 import csv
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import results
 from datasets import Dataset, load_dataset
 from numpy.typing import NDArray
 from scipy.stats import pearsonr, spearmanr
@@ -165,9 +165,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 def table(rows: list[dict[str, Any]]) -> str:
     names = [name for name in rows[0] if name not in ("method", "stored")]
-    lines = [f"| method | stored of the entries | {' | '.join(names)} |", "|---" * (2 + len(names)) + "|"]
-    lines += [f"| {r['method']} | {r['stored']:.3f} | {' | '.join(f'{r[name]:.3f}' for name in names)} |" for r in rows]
-    return "\n".join(lines) + "\n"
+    cells = ((r["method"], *(f"{r[name]:.3f}" for name in ("stored", *names))) for r in rows)
+    return results.table(("method", "stored of the entries", *names), cells)
 
 
 def main() -> None:
@@ -187,8 +186,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     result = run(args)
-    args.output.with_suffix(".md").write_text(table(result["rows"]), encoding="utf-8")
-    args.output.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    results.write(args.output, table(result["rows"]), result)
     print(table(result["rows"]))
 
 

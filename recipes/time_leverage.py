@@ -10,12 +10,12 @@ its own, the others lie near a few centres: scores are uneven, as those of train
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import results
 import torch
 from torch import Tensor
 
@@ -80,10 +80,8 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    lines = ["| keys n | selection | ms | of the exact set | of its scores |", "|---|---|---|---|---|"]
-    for r in rows:
-        lines.append(f"| {r['tokens']} | {r['way']} | {r['ms']:.2f} | {r['keys']:.3f} | {r['scores']:.3f} |")
-    return "\n".join(lines) + "\n"
+    cells = ((r["tokens"], r["way"], f"{r['ms']:.2f}", f"{r['keys']:.3f}", f"{r['scores']:.3f}") for r in rows)
+    return results.table(("keys n", "selection", "ms", "of the exact set", "of its scores"), cells)
 
 
 def main() -> None:
@@ -100,8 +98,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     settings = {name: x for name, x in vars(args).items() if name != "output"}
     result = {"settings": settings, "versions": versions(), "rows": run(args)}
-    args.output.with_suffix(".md").write_text(table(result["rows"]), encoding="utf-8")
-    args.output.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    results.write(args.output, table(result["rows"]), result)
 
 
 if __name__ == "__main__":

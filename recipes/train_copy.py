@@ -38,7 +38,7 @@ def main() -> None:
     generator = torch.Generator().manual_seed(2**31)  # no seed of a training
     test = [draw(8, generator) for _ in range(TESTED // 8)]
     count = SYMBOLS + 1
-    task = Task("copy", "perplexity", count, count, True, draw, test, {"perplexity of a guess": float(SYMBOLS)})
+    task = Task("copy", "perplexity", count, count, "each", draw, test, {"perplexity of a guess": float(SYMBOLS)})
     training.run(task, args)
 
 

@@ -13,7 +13,6 @@ goes on from them.
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import results
 import torch
 import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
@@ -209,8 +209,8 @@ def train(keys: int | None, data: Images, watched: Images, state: Path, args: ar
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    lines = ["| trained with | evaluated with | top-1 |", "|---|---|---|"]
-    return "\n".join([*lines, *(f"| {r['trained']} | {r['evaluated']} | {r['top1']:.2f} |" for r in rows)]) + "\n"
+    cells = ((r["trained"], r["evaluated"], f"{r['top1']:.2f}") for r in rows)
+    return results.table(("trained with", "evaluated with", "top-1"), cells)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -254,8 +254,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     result = run(args)
-    args.output.with_suffix(".md").write_text(table(result["rows"]), encoding="utf-8")
-    args.output.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    results.write(args.output, table(result["rows"]), result)
     print(table(result["rows"]))
 
 

@@ -101,7 +101,7 @@ def main() -> None:
     draw = partial(expressions, args.tokens)
     generator = torch.Generator().manual_seed(2**31)  # no seed of a training
     test = [draw(min(20, args.test), generator) for _ in range(-(-args.test // 20))]
-    task = Task("listops", "accuracy", len(SYMBOLS) + 1, 10, False, draw, test, guesses(test))
+    task = Task("listops", "accuracy", len(SYMBOLS) + 1, 10, "first", draw, test, guesses(test))
     training.run(task, args)
 
 
