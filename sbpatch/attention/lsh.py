@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..errors import SbpatchError
-from .core import Tiles
+from .core import Tiles, query_mask
 from .patterns import beside
 from .registry import Geometry, Sparse, register
 
@@ -46,18 +46,22 @@ class Lsh(Sparse):
         return {"bucket": int(stored / 2), "rounds": 2} if stored >= 8 else None
 
     def order(self, q: Tensor, k: Tensor, key_mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Sorted order of queries and of keys in each round, two of (B, H, R, n); padding keys last."""
+        """Sorted order of queries and of keys in each round, two of (B, H, R, n); padding last."""
         q, k = q.detach().float(), k.detach().float()
-        q_norm, k_norm = q.square().sum(-1, keepdim=True), k.square().sum(-1, keepdim=True)
-        if key_mask is not None:
-            k_norm = k_norm * key_mask[:, None, :, None]
+        masks = query_mask(q, key_mask, k), key_mask
+        q_norm, k_norm = (
+            x.square().sum(-1, keepdim=True) * (1 if mask is None else mask[:, None, :, None])
+            for x, mask in zip((q, k), masks, strict=True)
+        )
         limit = q_norm.amax(-2, keepdim=True) + k_norm.amax(-2, keepdim=True)
         line = self.projection.float()[None]  # (1, H, R, d + 2)
         lifted_q = q @ line[..., :-2].mT + (limit - q_norm).clamp(min=0).sqrt() * line[..., -1][..., None, :]
         lifted_k = k @ line[..., :-2].mT + (limit - k_norm).clamp(min=0).sqrt() * line[..., -2][..., None, :]
-        if key_mask is not None:
-            lifted_k = lifted_k.masked_fill(~key_mask[:, None, :, None], torch.inf)
-        return lifted_q.mT.argsort(dim=-1), lifted_k.mT.argsort(dim=-1)
+        by_query, by_key = (
+            (x if mask is None else x.masked_fill(~mask[:, None, :, None], torch.inf)).mT.argsort(dim=-1)
+            for x, mask in zip((lifted_q, lifted_k), masks, strict=True)
+        )
+        return by_query, by_key
 
     def buckets(self, order: Tensor, keys: int) -> Tensor:
         """Bucket number of each token, (B, H, R, n): its rank in the sorted order, scaled to `keys`, over the bucket size."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..errors import SbpatchError
-from .core import Tiles
+from .core import Tiles, query_mask
 from .patterns import beside
 from .registry import Geometry, Sparse, register
 
@@ -67,7 +67,7 @@ class Reformer(Sparse):
     def select(self, q: Tensor, k: Tensor, key_mask: Tensor | None, scale: float) -> list[Tiles]:
         n = k.shape[-2]
         count = math.ceil(n / self.bucket)
-        q_order, k_order = self._order(q, None), self._order(k, key_mask)
+        q_order, k_order = self._order(q, query_mask(q, key_mask, k)), self._order(k, key_mask)
         q_chunk, k_chunk = self._chunks(q_order, n), self._chunks(k_order, n)
         row, spot = beside(q.shape[-2], n, self.bucket, q.device)
         position = torch.arange(count * self.bucket, device=q.device).view(count, self.bucket)
@@ -87,5 +87,6 @@ class Reformer(Sparse):
 
     def dense(self, q: Tensor, k: Tensor, key_mask: Tensor | None) -> Tensor:
         n = k.shape[-2]
-        q_chunk, k_chunk = (self._chunks(order, n) for order in (self._order(q, None), self._order(k, key_mask)))
+        orders = self._order(q, query_mask(q, key_mask, k)), self._order(k, key_mask)
+        q_chunk, k_chunk = (self._chunks(order, n) for order in orders)
         return self._meets(q_chunk, k_chunk, math.ceil(n / self.bucket)).any(dim=2)

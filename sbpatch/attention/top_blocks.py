@@ -70,9 +70,8 @@ class TopBlocks(Sparse):
         n, rows = q.shape[-2], index.clamp(max=q.shape[-2] - 1)
         filled = (index < n)[..., None].float()  # (G, b, 1)
         real = filled if key_mask is None else filled * take(key_mask[:, None, :, None].float(), rows)
-        mean_q = (take(q.detach().float(), rows) * filled).sum(-2) / filled.sum(-2)
         count = real.sum(-2)  # (G, 1) or (B, 1, G, 1)
-        mean_k = (take(k.detach().float(), rows) * real).sum(-2) / count.clamp(min=1)
+        mean_q, mean_k = ((take(x.detach().float(), rows) * real).sum(-2) / count.clamp(min=1) for x in (q, k))
         score = mean_q @ mean_k.mT + count.log().mT  # (B, H, G, G)
         block = torch.arange(len(index), device=q.device)
         if self.site.causal:

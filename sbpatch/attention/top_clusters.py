@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import SbpatchError
-from .core import Tiles, take
+from .core import Tiles, query_mask, take
 from .registry import Geometry, Sparse, register
 from .tree import balanced_tree
 
@@ -58,8 +58,9 @@ class TopClusters(Sparse):
 
     def _groups(self, q: Tensor, k: Tensor, key_mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Query groups (B, H, G, GROUP), key clusters (B, H, C, CLUSTER), and each group's best clusters (B, H, G, p)."""
-        query, cluster = balanced_tree(q, self.group), balanced_tree(k, self.CLUSTER, key_mask)
-        mean_q, _ = _means(q, query, None)
+        real = query_mask(q, key_mask, k)
+        query, cluster = balanced_tree(q, self.group, real), balanced_tree(k, self.CLUSTER, key_mask)
+        mean_q, _ = _means(q, query, real)
         mean_k, count = _means(k, cluster, key_mask)
         best = []
         for rows in mean_q.split(CHUNK, 2):

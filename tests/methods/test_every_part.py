@@ -73,6 +73,17 @@ def test_bfloat16_goes_in_and_out(method: str) -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
+def test_what_stands_in_the_padding_changes_nothing(method: str) -> None:
+    first = torch.randn(3, 2, 2, 197, 8)
+    mask = torch.rand(2, 197) > 0.35
+    mask[1, 60:] = False
+    layer = sized(method, 48, site_for(method))
+    other = torch.where(mask[:, None, :, None], first, 3 * torch.randn(3, 2, 2, 197, 8))
+    real = mask[:, None, :, None].expand(-1, 2, -1, 8)
+    torch.testing.assert_close(layer(*other, mask)[real], layer(*first, mask)[real], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_a_sample_that_is_all_padding_gives_zeros(method: str) -> None:
     q, k, v = torch.randn(3, 2, 2, 197, 8)
     mask = torch.ones(2, 197, dtype=torch.bool)
