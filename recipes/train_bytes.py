@@ -85,7 +85,7 @@ def task(data: str, tokens: int, tested: int) -> Task:
 def main() -> None:
     parser = training.arguments(__doc__, Settings(batch=8), METHODS, "train-bytes.json")
     parser.add_argument("--data", default="stanfordnlp/imdb", help="of the hub, or a folder of parquet files")
-    parser.add_argument("--test", type=int, default=TESTED, help="texts that accuracy is measured on")
+    parser.add_argument("--test", type=training.positive, default=TESTED, help="texts that accuracy is measured on")
     args = parser.parse_args()
     with training.refusing():
         found = task(args.data, args.tokens, args.test)

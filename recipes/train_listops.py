@@ -96,7 +96,9 @@ def guesses(test: Sequence[Batch]) -> dict[str, float]:
 
 def main() -> None:
     parser = training.arguments(__doc__, Settings(batch=8), METHODS, "train-listops.json")
-    parser.add_argument("--test", type=int, default=TESTED, help="expressions that accuracy is measured on")
+    parser.add_argument(
+        "--test", type=training.positive, default=TESTED, help="expressions that accuracy is measured on"
+    )
     args = parser.parse_args()
     draw = partial(expressions, args.tokens)
     generator = torch.Generator().manual_seed(2**31)  # no seed of a training

@@ -182,15 +182,22 @@ def train(task: Task, size: Settings, method: str, seed: int, probed: Sequence[s
 # -- one command -----------------------------------------------------------------------------------------------------
 
 
+def positive(text: str) -> int:
+    """The type of a flag that counts something."""
+    if (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not 1 or more")
+    return value
+
+
 def arguments(description: str, size: Settings, methods: Sequence[str], output: str) -> argparse.ArgumentParser:
     """The flags that all recipes have: the sizes of `Settings`, and what is run."""
     parser = argparse.ArgumentParser(description=description.splitlines()[0])
     for name, value in asdict(size).items():
-        parser.add_argument(f"--{name}", type=type(value), default=value)
+        parser.add_argument(f"--{name}", type=positive if isinstance(value, int) else float, default=value)
     parser.add_argument("--methods", nargs="+", default=list(methods), help="full, or names of sbpatch's methods")
-    parser.add_argument("--seeds", type=int, default=1, help="models of each method")
+    parser.add_argument("--seeds", type=positive, default=1, help="models of each method")
     parser.add_argument("--json", type=Path, default=Path(output), help="figures; the table lies beside it, as .md")
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--threads", type=positive, default=1)
     return parser
 
 

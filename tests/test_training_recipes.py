@@ -329,3 +329,12 @@ def test_what_cannot_be_is_refused_before_anything_is_trained(tmp_path: Path, mo
     run("train_copy", out, monkeypatch)
     with pytest.raises(SystemExit, match="holds runs of other settings; name another file with --json"):
         run("train_copy", out, monkeypatch, "--lr 0.1")
+
+
+@pytest.mark.parametrize("flag", ["--test", "--steps", "--batch", "--seeds"])
+def test_a_count_of_none_is_refused(
+    flag: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        run("train_listops", tmp_path / "run.json", monkeypatch, f"{flag} 0")
+    assert f"argument {flag}: 0 is not 1 or more" in capsys.readouterr().err
