@@ -38,6 +38,7 @@ def points_by_run(low: Expansion, runs: Sequence[tuple[slice, int]]) -> Iterator
         for run, count in some:
             tiles = slice(run.start - first, run.stop - first)
             yield key[:, :, tiles, :count], value[:, :, tiles, :count], bias[:, :, tiles, :count]
+        del key, value, bias  # before the next tiles' come
 
 
 def points(low: Expansion, tiles: slice, count: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -49,14 +50,20 @@ def points(low: Expansion, tiles: slice, count: int) -> tuple[Tensor, Tensor, Te
     """
     about = low.about[:, :, tiles].float()  # (B, H, t, d)
     key, value = low.key[:, :, :count].float(), low.value[:, :, :count].float()  # (B, H, m, c, d or e)
-    logits = _by_head(key.flatten(2, 3), about.mT).unflatten(2, key.shape[2:4])  # (B, H, m, c, t)
     valid = low.valid()[:, :, :count]
-    log_p = logits.masked_fill(~valid[..., None], torch.finfo(torch.float32).min).log_softmax(-2)
+    log_p = _log_shares(key, about, valid)  # (B, H, m, c, t)
     p = log_p.exp()
-    entropy = -(p * log_p.clamp(min=LEAST)).sum(-2)  # (B, H, m, t)
+    entropy = -(p * log_p).sum(-2)  # (B, H, m, t)
+    del log_p
     read = _read(low, tiles, count) & valid.any(-1)[:, :, None]
     mean, rest = (_by_head(p.mT, x).transpose(2, 3) for x in (key, value))
     return mean, rest, entropy.mT.masked_fill(~read, -torch.inf)
+
+
+def _log_shares(key: Tensor, about: Tensor, valid: Tensor) -> Tensor:
+    """ln p, at least `LEAST`: keys (B, H, m, c, d), mean queries (B, H, t, d), valid (B, 1, m, c) -> (B, H, m, c, t)."""
+    logits = _by_head(key.flatten(2, 3), about.mT).unflatten(2, key.shape[2:4])
+    return logits.masked_fill(~valid[..., None], torch.finfo(torch.float32).min).log_softmax(-2).clamp(min=LEAST)
 
 
 def _by_head(a: Tensor, b: Tensor) -> Tensor:

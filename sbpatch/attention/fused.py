@@ -107,9 +107,10 @@ def over_tiles(
         key, value, bias = (x.flatten(0, 2)[:, None] for x in (key, value, bias))
         if causal:
             bias = _without_future(bias, part)
-        query = _rows(q, part.query, group)
-        found = _call(query, key, value, bias.to(q.dtype), scale)
+        found = _call(_rows(q, part.query, group), key, value, bias.to(q.dtype), scale)
+        del key, value, bias  # each run's tensors go before the next ones come
         _put(out, place[..., run, :], found.unflatten(0, (batch, key_heads, -1)))
+        del found
     return out[:, :, :n]
 
 
