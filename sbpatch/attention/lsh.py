@@ -12,6 +12,8 @@ from .core import Tiles, query_mask
 from .patterns import beside
 from .registry import Geometry, Sparse, register
 
+FAR = 1e30  # beyond every value that tokens are sorted by
+
 
 @register("lsh")
 class Lsh(Sparse):
@@ -57,11 +59,7 @@ class Lsh(Sparse):
         line = self.projection.float()[None]  # (1, H, R, d + 2)
         lifted_q = q @ line[..., :-2].mT + (limit - q_norm).clamp(min=0).sqrt() * line[..., -1][..., None, :]
         lifted_k = k @ line[..., :-2].mT + (limit - k_norm).clamp(min=0).sqrt() * line[..., -2][..., None, :]
-        by_query, by_key = (
-            (x if mask is None else x.masked_fill(~mask[:, None, :, None], torch.inf)).mT.argsort(dim=-1)
-            for x, mask in zip((lifted_q, lifted_k), masks, strict=True)
-        )
-        return by_query, by_key
+        return _sorted(lifted_q, masks[0]), _sorted(lifted_k, masks[1])
 
     def buckets(self, order: Tensor, keys: int) -> Tensor:
         """Bucket number of each token, (B, H, R, n): its rank in the sorted order, scaled to `keys`, over the bucket size."""
@@ -94,3 +92,12 @@ class Lsh(Sparse):
         q_order, k_order = self.order(q, k, key_mask)
         q_bucket, k_bucket = (self.buckets(order, k.shape[-2]) for order in (q_order, k_order))
         return (q_bucket[..., :, None] == k_bucket[..., None, :]).any(dim=2)
+
+
+def _sorted(value: Tensor, mask: Tensor | None) -> Tensor:
+    """Order of values (B, H, n, R) in each column, (B, H, R, n); padding last, in the order of its places."""
+    if mask is not None:
+        n = value.shape[-2]
+        late = FAR * (1 + torch.arange(n, device=value.device) / n)
+        value = torch.where(mask[:, None, :, None], value, late[:, None])
+    return value.mT.argsort(dim=-1)

@@ -114,14 +114,16 @@ def lsh_pairs(part: Lsh, q: Tensor, k: Tensor, key_mask: Tensor | None) -> Tenso
         real = torch.arange(n) if key_mask is None else key_mask[b].nonzero()[:, 0]
         padded = [j for j in range(n) if j not in set(real.tolist())]
         for h in range(heads):
-            q_sq, k_sq = q[b, h].square().sum(-1), k[b, h, real].square().sum(-1)
-            limit = q_sq.max() + (k_sq.max() if len(real) else 0)
+            if not len(real):
+                continue
+            q_sq, k_sq = (x[b, h, real].square().sum(-1) for x in (q, k))
+            limit = q_sq.max() + k_sq.max()
             zero_q, zero_k = torch.zeros_like(q_sq), torch.zeros_like(k_sq)
-            lifted_q = torch.cat((q[b, h], zero_q[:, None], (limit - q_sq).sqrt()[:, None]), 1)
+            lifted_q = torch.cat((q[b, h, real], zero_q[:, None], (limit - q_sq).sqrt()[:, None]), 1)
             lifted_k = torch.cat((k[b, h, real], (limit - k_sq).sqrt()[:, None], zero_k[:, None]), 1)
             for line in part.projection[h]:
-                q_order = (lifted_q @ line).argsort().tolist()
-                k_order = real[(lifted_k @ line).argsort()].tolist() + padded  # padding fills the last buckets
+                # padding fills the last buckets, of queries and of keys
+                q_order, k_order = (real[(x @ line).argsort()].tolist() + padded for x in (lifted_q, lifted_k))
                 for first in range(0, n, part.bucket):
                     cut = slice(first, first + part.bucket)
                     pairs[b, h, torch.tensor(q_order[cut])[:, None], torch.tensor(k_order[cut])[None]] = True
