@@ -169,6 +169,7 @@ def test_allocation_is_the_best_where_returns_diminish(gains, limit):
 # ---- the whole
 
 
+@pytest.mark.slow
 @settings(max_examples=6)
 @given(budget=st.floats(0.04, 0.6), min_tokens=st.sampled_from([17, 64, 256]))
 def test_budget_is_kept(budget, min_tokens):

@@ -41,6 +41,7 @@ for refused in (lambda: sbpatch.load("me/none"), lambda: sbpatch.push_to_hub(fir
 """
 
 
+@pytest.mark.slow
 def test_pushed_and_loaded_again(tmp_path):
     """The repository holds the directory's files, without those that an earlier push had and this one has not."""
     images = torch.randn(2, 3, 64, 64)

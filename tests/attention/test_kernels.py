@@ -248,6 +248,7 @@ def test_gradients_are_those_of_the_plain_form(
         assert (one - other).norm() <= 1e-4 * one.norm()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "parameters", "causal", "key_heads"), LAYERS[:1] + LAYERS[3:5])
 def test_compiled_layers_see_the_kernels_as_operators(
     method: str, parameters: dict[str, int], causal: bool, key_heads: int, monkeypatch: pytest.MonkeyPatch

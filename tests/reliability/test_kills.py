@@ -180,6 +180,7 @@ def many_images() -> None:
             Path("many", name, f"{i}.jpg").symlink_to(Path(f"images/{name}/{'ab'.index(name)}.jpg").resolve())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
 @pytest.mark.parametrize("share", [0.1, 0.6])
 @pytest.mark.usefixtures("forked_variants")
