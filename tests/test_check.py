@@ -106,6 +106,7 @@ def test_a_drop_that_is_none(drop):
 # ---- going on after a cut
 
 
+@pytest.mark.slow
 def test_a_cut_calibration_goes_on_and_ends_the_same(tmp_path):
     path = tmp_path / "journal"
     whole = calibrate(t2t(), BATCHES, budget=0.1, min_tokens=64)

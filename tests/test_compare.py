@@ -97,6 +97,7 @@ def texts(count: int, tokens: int) -> tuple[dict[str, Tensor], Tensor]:
     return {"input_ids": ids[:, :-1], "attention_mask": torch.ones_like(ids[:, :-1])}, ids[:, 1:]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("answer", "quality"),
     [("classes", {"top1", "agreement"}), ("features", {"cosine"}), ("next-token", {"agreement", "perplexity"})],

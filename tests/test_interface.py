@@ -320,6 +320,7 @@ def test_without_a_plan_the_implementation_refuses(make):
     assert torch.equal(answer(model, input_ids=IDS), answer(exact, input_ids=IDS))
 
 
+@pytest.mark.slow
 def test_a_saved_model_loads_plainly(tmp_path):
     """transformers does not write the implementation down, and the patch adds nothing to the weights."""
     model = llama("scatterbrain")
@@ -339,6 +340,7 @@ def test_a_saved_model_loads_plainly(tmp_path):
     assert "has no plan" in refused(answer, again, input_ids=IDS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", ["import sbpatch, transformers", "import transformers.modeling_utils, sbpatch"])
 def test_registered_whichever_is_imported_first(order):
     script = (
