@@ -86,10 +86,7 @@ def main() -> None:
     parser = training.arguments(__doc__, Settings(batch=8), METHODS, "train-bytes.json")
     parser.add_argument("--data", default="stanfordnlp/imdb", help="of the hub, or a folder of parquet files")
     parser.add_argument("--test", type=training.positive, default=TESTED, help="texts that accuracy is measured on")
-    args = parser.parse_args()
-    with training.refusing():
-        found = task(args.data, args.tokens, args.test)
-    training.run(found, args)
+    training.run(parser, lambda args: task(args.data, args.tokens, args.test))
 
 
 if __name__ == "__main__":

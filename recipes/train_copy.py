@@ -9,6 +9,7 @@ figures and its table, train-copy.md beside it, are written after each model; a 
 
 from __future__ import annotations
 
+import argparse
 from functools import partial
 
 import torch
@@ -31,15 +32,16 @@ def sequences(tokens: int, count: int, generator: torch.Generator) -> Batch:
     return Batch(whole, targets)
 
 
-def main() -> None:
-    parser = training.arguments(__doc__, Settings(batch=2, lr=2e-3), METHODS, "train-copy.json")
-    args = parser.parse_args()
+def task(args: argparse.Namespace) -> Task:
     draw = partial(sequences, args.tokens)
     generator = torch.Generator().manual_seed(2**31)  # no seed of a training
     test = [draw(8, generator) for _ in range(TESTED // 8)]
     count = SYMBOLS + 1
-    task = Task("copy", "perplexity", count, count, "each", draw, test, {"perplexity of a guess": float(SYMBOLS)})
-    training.run(task, args)
+    return Task("copy", "perplexity", count, count, "each", draw, test, {"perplexity of a guess": float(SYMBOLS)})
+
+
+def main() -> None:
+    training.run(training.arguments(__doc__, Settings(batch=2, lr=2e-3), METHODS, "train-copy.json"), task)
 
 
 if __name__ == "__main__":

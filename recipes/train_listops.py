@@ -11,6 +11,7 @@ it, are written after each model; a run that was stopped goes on from there.
 
 from __future__ import annotations
 
+import argparse
 import random
 import statistics
 from collections import Counter
@@ -94,17 +95,19 @@ def guesses(test: Sequence[Batch]) -> dict[str, float]:
     }
 
 
+def task(args: argparse.Namespace) -> Task:
+    draw = partial(expressions, args.tokens)
+    generator = torch.Generator().manual_seed(2**31)  # no seed of a training
+    test = [draw(min(20, args.test), generator) for _ in range(-(-args.test // 20))]
+    return Task("listops", "accuracy", len(SYMBOLS) + 1, 10, "first", draw, test, guesses(test))
+
+
 def main() -> None:
     parser = training.arguments(__doc__, Settings(batch=8), METHODS, "train-listops.json")
     parser.add_argument(
         "--test", type=training.positive, default=TESTED, help="expressions that accuracy is measured on"
     )
-    args = parser.parse_args()
-    draw = partial(expressions, args.tokens)
-    generator = torch.Generator().manual_seed(2**31)  # no seed of a training
-    test = [draw(min(20, args.test), generator) for _ in range(-(-args.test // 20))]
-    task = Task("listops", "accuracy", len(SYMBOLS) + 1, 10, "first", draw, test, guesses(test))
-    training.run(task, args)
+    training.run(parser, task)
 
 
 if __name__ == "__main__":

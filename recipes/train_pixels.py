@@ -62,10 +62,7 @@ def main() -> None:
     parser.add_argument("--data", default="cifar10", help="or other images: see sbpatch eval --dataset")
     parser.add_argument("--data-dir", type=Path, help="of cifar10-train.parquet and cifar10-test.parquet")
     parser.add_argument("--test", type=training.positive, default=TESTED, help="images that accuracy is measured on")
-    args = parser.parse_args()
-    with training.refusing():
-        found = task(args)
-    training.run(found, args)
+    training.run(parser, task)
 
 
 if __name__ == "__main__":

@@ -94,10 +94,7 @@ def main() -> None:
     parser.add_argument("--data-dir", type=Path, help="of WikiText-2: train.txt and valid.txt")
     parser.add_argument("--vocabulary", type=int, default=VOCABULARY, help="tokens, at least the 256 bytes")
     parser.add_argument("--test", type=training.positive, default=TESTED, help="windows that perplexity is measured on")
-    args = parser.parse_args()
-    with training.refusing():
-        found = task(args)
-    training.run(found, args)
+    training.run(parser, task)
 
 
 if __name__ == "__main__":

@@ -205,17 +205,21 @@ def settings(args: argparse.Namespace) -> Settings:
     return Settings(**{name: getattr(args, name) for name in asdict(Settings())})
 
 
-@contextmanager
-def refusing() -> Iterator[None]:
-    """Inside, what sbpatch refuses ends the command with its line."""
+def run(parser: argparse.ArgumentParser, task: Callable[[argparse.Namespace], Task]) -> None:
+    """The command: read its flags and train on the task that they ask for. What sbpatch refuses ends it with one line."""
+    args = parser.parse_args()
     try:
-        yield
+        train_all(task(args), args)
     except SbpatchError as error:
         raise SystemExit(str(error)) from error
 
 
-def run(task: Task, args: argparse.Namespace) -> None:
-    """Train what the file of figures does not have yet, and write it and its table after each model."""
+def train_all(task: Task, args: argparse.Namespace) -> None:
+    """Train what the file of figures does not have yet, and write it and its table after each model.
+
+    Raises:
+        SbpatchError: an approximation that cannot be, before anything is trained.
+    """
     torch.set_num_threads(args.threads)
     size = settings(args)
     head = {"task": task.name, "settings": asdict(size), "notes": task.notes}
@@ -227,9 +231,8 @@ def run(task: Task, args: argparse.Namespace) -> None:
             raise SystemExit(f"{file} holds runs of other settings; name another file with --json")
     rows = result["rows"]
     approximations = [method for method in args.methods if method != FULL]
-    with refusing():  # what cannot be, before anything is trained
-        for method in approximations:
-            attention(method, geometry(task, size), size.entries, 0)
+    for method in approximations:
+        attention(method, geometry(task, size), size.entries, 0)
     for seed in range(args.seeds):
         for method in args.methods:
             if any((row["method"], row["seed"]) == (method, seed) for row in rows):

@@ -236,13 +236,11 @@ def test_pixels_are_the_grey_ones_row_by_row(cifar: Path) -> None:
 
 
 def test_the_mean_that_answers_is_of_real_tokens_alone() -> None:
-    """What stands in the padding changes nothing, and the last real token something. (Hashing sorts padded queries among the
-    others, which then meet other keys.)
-    """
+    """What stands in the padding changes nothing, and the last real token something."""
     training, transformer = importlib.import_module("training"), importlib.import_module("small_transformer")
     tokens = torch.randint(9, (2, 64))
     real = torch.arange(64) < torch.tensor([[20], [64]])
-    for method in ("full", "performer", "local"):
+    for method in ("full", "scatterbrain", "performer", "local"):
         layers = [training.attention(method, Geometry(64, 2, 4), 24, 0)]
         model = transformer.Transformer(9, 3, 8, layers, "mean").eval()
         answer = model(tokens, real)

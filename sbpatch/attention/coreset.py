@@ -118,8 +118,8 @@ class Coreset(LowRank):
             landmark = torch.cat((landmark, x.gather(2, index)), dim=2)
             other, better = kmeans.nearest(x.detach(), landmark[:, :, -far:].detach())
             own = torch.where(better * wide > score, other + (self.rank - far), own)
-        ones = x.new_ones(x.shape[0], 1, x.shape[2]) if real is None else real.to(x.dtype)
-        total, count = kmeans.sums(x, own, self.rank), kmeans.counts(own, self.rank, ones)  # x is 0 at padding
+        total = kmeans.sums(x, own, self.rank)  # x is 0 at padding
+        count = kmeans.counts(own, self.rank, None if real is None else real.to(x.dtype))
         landmark = kmeans.means(total, count, landmark)
         half = landmark.square().sum(-1, keepdim=True) / 2
         longest = (length / wide).sqrt()[..., None]

@@ -40,10 +40,11 @@ def nearest(k: Tensor, centre: Tensor) -> tuple[Tensor, Tensor]:
     return index.view(k.shape[:3]), score.view(k.shape[:3])
 
 
-def counts(index: Tensor, m: int, keep: Tensor) -> Tensor:
+def counts(index: Tensor, m: int, keep: Tensor | None = None) -> Tensor:
     """Members of each cluster, (B, H, m, 1) float32; `keep` (B, 1, n) is 1 for real keys. Whole numbers: exact in any order."""
     empty = torch.zeros(*index.shape[:2], m, device=index.device)
-    return empty.scatter_add(-1, index, keep.expand(-1, index.shape[1], -1))[..., None]
+    ones = torch.ones(1, 1, index.shape[2], device=index.device) if keep is None else keep
+    return empty.scatter_add(-1, index, ones.expand_as(index))[..., None]
 
 
 def sums(rows: Tensor, index: Tensor, m: int, keep: Tensor | None = None) -> Tensor:
@@ -63,9 +64,8 @@ def members(k: Tensor, v: Tensor, index: Tensor, m: int, key_mask: Tensor | None
 
         total, number = cluster_sums(k, v, index, key_mask, m)
         return total[..., : k.shape[-1]], total[..., k.shape[-1] :], number[..., None]
-    real = torch.ones(k.shape[0], 1, k.shape[2], device=k.device) if key_mask is None else key_mask[:, None, :].float()
-    keep = None if key_mask is None else real
-    return sums(k, index, m, keep), sums(v, index, m, keep), counts(index, m, real)
+    keep = None if key_mask is None else key_mask[:, None, :].float()
+    return sums(k, index, m, keep), sums(v, index, m, keep), counts(index, m, keep)
 
 
 def added(total: Tensor, rows: Tensor, index: Tensor) -> Tensor:
