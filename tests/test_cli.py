@@ -503,7 +503,7 @@ def test_refusal_of_the_real_process():
 
 
 @pytest.mark.slow
-def test_demo_from_calibration_to_export(capsys):
+def test_demo_from_calibration_to_evaluation():
     Path("fixed.yaml").write_text(
         "sites:\n  '*attention1*': {method: clusters, rank: 90}\n"
         "  '*attention2*': {method: window2d+clusters, window: 3, rank: 20}"
@@ -549,9 +549,3 @@ def test_demo_from_calibration_to_export(capsys):
     # one 3136 x 3136 matrix a sample, twice, in float32, against the few entries that the patch holds
     assert eager["peak_memory_bytes"] > 8 * 2 * 4 * 3136**2 > 4 * patched["peak_memory_bytes"]
     assert eager["attention_memory_bytes"] == 4 * (3136**2 + 784**2 + 4 * 2 * 197**2)
-
-    for form in ("pt2", "onnx", "safetensors"):
-        assert command("export", "--format", form, "--quiet", "--json", "-") == 0
-        result = json.loads(capsys.readouterr().out)
-        assert result["difference"] < 1e-3
-        assert Path(result["path"]).exists()
