@@ -15,13 +15,16 @@ Answer = Literal["each", "first", "mean"]
 
 
 class Rotary(nn.Module):
-    """Rotary positions (arXiv 2104.09864): pairs of coordinates of q and k turn by the token's place."""
+    """Rotary positions (arXiv 2104.09864): pairs of coordinates of q and k turn by the token's place.
+
+    The first pair turns by 1 radian a token, the last by 1 / `base`.
+    """
 
     turn: Tensor  # (2, n, d): cosines and sines
 
-    def __init__(self, tokens: int, width: int) -> None:
+    def __init__(self, tokens: int, width: int, base: float) -> None:
         super().__init__()
-        angle = torch.outer(torch.arange(tokens), 1e4 ** -torch.linspace(0, 1, width // 2)).repeat(1, 2)
+        angle = torch.outer(torch.arange(tokens), base ** -torch.linspace(0, 1, width // 2)).repeat(1, 2)
         self.register_buffer("turn", torch.stack((angle.cos(), angle.sin())), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -52,11 +55,13 @@ class Transformer(nn.Module):
     It has as many blocks as there are layers of attention.
     """
 
-    def __init__(self, vocabulary: int, classes: int, width: int, layers: Sequence[Layer], answer: Answer) -> None:
+    def __init__(
+        self, vocabulary: int, classes: int, width: int, layers: Sequence[Layer], answer: Answer, base: float = 1e4
+    ) -> None:
         super().__init__()
         self.answer = answer
         self.embedding = nn.Embedding(vocabulary, width)
-        rotary = Rotary(layers[0].site.tokens, layers[0].site.head_dim)
+        rotary = Rotary(layers[0].site.tokens, layers[0].site.head_dim, base)
         self.blocks = nn.ModuleList(Block(width, rotary, layer) for layer in layers)
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, classes)
 

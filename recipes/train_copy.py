@@ -19,6 +19,7 @@ from training import Batch, Settings, Task
 SYMBOLS = 64  # besides the 0 between the copies
 METHODS = ("full", "scatterbrain", "reformer", "performer", "local", "blocks")
 TESTED = 32  # sequences
+BASE = 163.0  # 1,024 / 2 pi: every rotary pair turns once at least in a sequence, without which hashing does not copy
 
 
 def sequences(tokens: int, count: int, generator: torch.Generator) -> Batch:
@@ -41,7 +42,7 @@ def task(args: argparse.Namespace) -> Task:
 
 
 def main() -> None:
-    training.run(training.arguments(__doc__, Settings(batch=2, lr=2e-3), METHODS, "train-copy.json"), task)
+    training.run(training.arguments(__doc__, Settings(batch=2, lr=2e-3, base=BASE), METHODS, "train-copy.json"), task)
 
 
 if __name__ == "__main__":

@@ -76,6 +76,7 @@ class Settings:
     batch: int = 4
     steps: int = 1000
     lr: float = 1e-3
+    base: float = 1e4  # of the rotary positions
 
 
 # -- attention -------------------------------------------------------------------------------------------------------
@@ -149,7 +150,7 @@ def train(task: Task, size: Settings, method: str, seed: int, probed: Sequence[s
     """Train one model; its row of figures, with those of `probed` methods on the way."""
     torch.manual_seed(seed)  # the weights; the samples have a generator of their own, so that all methods see the same
     layers = [attention(method, geometry(task, size), size.entries, seed + i) for i in range(size.depth)]
-    model = Transformer(task.vocabulary, task.classes, size.width, layers, task.answer)
+    model = Transformer(task.vocabulary, task.classes, size.width, layers, task.answer, size.base)
     optimizer = torch.optim.AdamW(model.parameters(), lr=size.lr, weight_decay=0.0, betas=(0.9, 0.98))
     generator = torch.Generator().manual_seed(seed + 1)
     warm_up, every = max(size.steps // 20, 1), max(size.steps // PROBES, 1)

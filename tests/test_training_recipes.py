@@ -249,6 +249,23 @@ def test_the_mean_that_answers_is_of_real_tokens_alone() -> None:
         assert not torch.allclose(model(tokens.where(torch.arange(64) != 19, 8 - tokens[:, 19:20]), real)[0], answer[0])
 
 
+def met(method: str, base: float, back: int = 511, tokens: int = 1024) -> float:
+    """The share of tokens whose query reads the key `back` before, though the two are equal by their rotary positions."""
+    turned = importlib.import_module("small_transformer").Rotary(tokens + back, 16, base)
+    content = torch.randn(1, 4, 1, 16, generator=torch.Generator().manual_seed(0)).expand(-1, -1, tokens + back, -1)
+    x = turned(content)
+    layer = importlib.import_module("training").attention(method, Geometry(tokens, 4, 16, causal=True), 128, 0)
+    reads = layer.support.dense(x[:, :, :tokens], x[:, :, back:], None)  # (1, 4, n, n)
+    return float(reads.diagonal(-back, -2, -1).float().mean())
+
+
+@pytest.mark.parametrize("method", ["reformer", "scatterbrain", "lsh"])
+def test_hashing_finds_equal_keys_where_every_rotary_pair_turns_once(method: str) -> None:
+    """Slower pairs sort the queries of a sequence unlike its keys, so that equal ones come to lie in unlike chunks."""
+    assert met(method, importlib.import_module("train_copy").BASE) > 0.85
+    assert met(method, 1e4) < 0.7
+
+
 # -- the runs --------------------------------------------------------------------------------------------------------
 
 
@@ -315,6 +332,16 @@ def test_full_attention_learns_to_copy(tmp_path: Path, monkeypatch: pytest.Monke
     full, local = run("train_copy", tmp_path / "run.json", monkeypatch, small)["rows"]
     assert full["perplexity"] < 2
     assert local["perplexity"] > 32
+
+
+@pytest.mark.slow
+def test_hashing_learns_to_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A perplexity of 64 is that of a guess."""
+    small = (
+        "--tokens 256 --entries 32 --width 64 --heads 4 --batch 8 --steps 400 --lr 2e-3 --base 41 --methods reformer"
+    )
+    (reformer,) = run("train_copy", tmp_path / "run.json", monkeypatch, small)["rows"]
+    assert reformer["perplexity"] < 16
 
 
 def test_what_cannot_be_is_refused_before_anything_is_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
