@@ -23,6 +23,7 @@ from sbpatch.generation.generate import cache_name, patched_layers
 from sbpatch.generation.layer import CompressedLayer
 from sbpatch.generation.partition import halves
 from sbpatch.generation.settings import Settings
+from sbpatch.generation.shares import shared_out
 from sbpatch.models.load import load_checkpoint
 from sbpatch.plan import artifact
 from sbpatch.sites.find import find_sites
@@ -99,7 +100,7 @@ def by_hand(layer: CompressedLayer, q: Tensor) -> Tensor:
     """The definition of a step, for one head at a time, from what lies in blocks and in the order of time."""
     s, out = layer.settings, torch.empty(*q.shape)
     group = q.shape[1] // layer.keys.shape[1]
-    best = s.best(layer.tokens, layer.blocked)
+    best = s.best(layer.tokens, layer.blocked, layer.reads)
     for b in range(q.shape[0]):
         for h in range(layer.keys.shape[1]):
             key, value = layer.keys[b, h], layer.values[b, h]
@@ -302,8 +303,23 @@ def test_layers_read_in_proportion_to_their_weights_and_the_budget_on_average():
     assert apart.read_share <= 0.5
 
 
-def test_a_layer_of_great_weight_is_exact_however_it_lies():
-    layer = CompressedLayer(SMALL, weight=10.0)
+@given(
+    weights=st.lists(st.floats(1e-3, 1.0), min_size=1, max_size=30).map(tuple),
+    bounds=st.lists(st.integers(1, 10_000), min_size=3, max_size=3).map(sorted),
+)
+def test_layers_read_within_bounds_by_weight_and_the_budget_on_average(weights, bounds):
+    least, mean, most = bounds
+    found = shared_out(weights, mean, least, most)
+    assert mean * len(weights) - len(weights) <= sum(found) <= mean * len(weights)  # whole tokens
+    assert least <= min(found)
+    assert max(found) <= most
+    between = [(w, read) for w, read in zip(weights, found, strict=True) if least < read < most - 1]
+    for weight, read in between:
+        assert all(abs(read / weight - other / w) <= 1 / weight + 1 / w for w, other in between)
+
+
+def test_a_layer_that_reads_all_is_exact_however_it_lies():
+    layer = CompressedLayer(SMALL, reads=lambda mean, least, most: most)
     layer.update(*tensors(150))
     q, new = torch.randn(2, 6, 1, 8, generator=torch.Generator().manual_seed(1)), tensors(1, seed=9)
     past = [torch.cat(x, 2) for x in zip(tensors(150), new, strict=True)]

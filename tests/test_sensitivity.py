@@ -58,12 +58,13 @@ def test_a_classifier_s_damage_is_the_squared_change_of_its_logits_on_average():
     assert float(torch.stack(draws).mean()) == pytest.approx(float(moved.square().sum()), rel=0.12)
 
 
-def test_a_language_model_s_damage_is_twice_the_divergence_of_a_small_change():
-    model, change = OneToken(classes=False), 0.05 * torch.randn(1, 1, 1, 8)
+@pytest.mark.parametrize("sure", [1.0, 30.0], ids=["in doubt", "sure"])
+def test_a_language_model_s_damage_is_the_variance_of_its_logits_changes_however_sure_it_is(sure):
+    model, change = OneToken(classes=False), torch.randn(1, 1, 1, 8)
+    with torch.no_grad():
+        model.head.bias[0] += sure
     x = torch.randn(1, 8)
     before, after = changed(model, x, change)
-    log_p, log_q = before.log_softmax(-1), after.log_softmax(-1)
-    divergence = float((log_p.exp() * (log_p - log_q)).sum())
     draws = [
         damage(
             change,
@@ -72,7 +73,19 @@ def test_a_language_model_s_damage_is_twice_the_divergence_of_a_small_change():
         )
         for s in range(2000)
     ]
-    assert 0.5 * float(torch.stack(draws).mean()) == pytest.approx(divergence, rel=0.12)
+    wanted = float((after - before).var(-1, correction=0))
+    assert float(torch.stack(draws).mean()) == pytest.approx(wanted, rel=0.12)
+
+
+def test_padding_asks_nothing_of_a_language_model():
+    model = OneToken(classes=False)
+    inputs = {"input_ids": torch.randn(2, 8), "attention_mask": torch.tensor([[1], [0]])}
+    plain = {"input_ids": inputs["input_ids"]}
+    model.forward = lambda input_ids, attention_mask=None: OneToken.forward(model, input_ids)
+    found, without = (answer_gradients(model, ["inner"], x, "next-token", 3)["inner"] for x in (inputs, plain))
+    assert torch.equal(found[:, 0], without[:, 0])
+    assert not found[:, 1].any()
+    assert without[:, 1].any()
 
 
 def test_gradients_of_all_sites_at_once():

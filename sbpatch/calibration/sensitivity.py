@@ -1,9 +1,10 @@
 """How much the model's answer depends on each number that a site puts out: the weights that turn local errors into damage.
 
 A small change D of a site's output O moves the answer by J D. Averaged over random directions of the answer with gradient g,
-E (g . D)^2 is its squared length, and for g = d log p(y) / dO with y drawn from the model itself it is twice the
-Kullback-Leibler divergence that the change causes (the Fisher information, to second order). One backward pass gives g for
-all sites. With errors of different tokens taken as independent, damage = sum over tokens of (g_t . D_t)^2. They are not quite:
+E (g . D)^2 is its squared length. For a vocabulary the answer is its logits, up to a constant, and not their softmax: where a
+model is sure of a token, such as one that it copies from far back, the distribution hardly moves under small changes, and a
+head that finds the token would look dispensable. One backward pass gives g for all sites.
+With errors of different tokens taken as independent, damage = sum over tokens of (g_t . D_t)^2. They are not quite:
 neighbours err alike, and where all tokens reach one answer it moves by (sum of g_t . D_t)^2, on average several times as far.
 That square has far more noise, so candidates are measured by the first, times the ratio of the two over all candidates of a
 method at a site (see `weigh.coherence`).
@@ -58,9 +59,9 @@ def with_gradients(
 
     R is that of `DIRECTIONS`, or `at_most`. The calls of all sites are held, as they are for the backward pass anyway.
 
-    Logits over a vocabulary: log p of a token drawn from the model's own distribution, summed over positions. Class logits
-    and features: a Gaussian direction, so that confident answers count as much as doubtful ones. Where the samples are a part
-    of a batch, `place` says behind how many they come in it, and how many it has: then they get the draws that they have there.
+    Logits over a vocabulary: one of them at random, less their mean, summed over positions. Class logits and features: a
+    Gaussian direction. In both, confident answers count as much as doubtful ones. Where the samples are a part of a batch,
+    `place` says behind how many they come in it, and how many it has: then they get the draws that they have there.
     """
     calls: dict[str, Call] = {}
     outputs: dict[str, Tensor] = {}
@@ -128,17 +129,15 @@ def _directions(
 
 
 def _of_tokens(logits: Tensor, inputs: Inputs, uniform: Tensor) -> Tensor:
-    """log p of a token drawn at each real position by `uniform` (B, n), summed: logits (B, n, vocabulary) -> a number."""
-    logits, uniform = logits.flatten(0, 1), uniform.flatten()  # (B * n, vocabulary), (B * n,)
+    """A logit at each real position, the one that `uniform` (B, n) says, less the mean of all there, summed.
+
+    logits (B, n, vocabulary) -> a number, the mean square of whose change at a position is the variance of its logits' changes.
+    """
+    token = (uniform * 0.999999 * logits.shape[-1]).long()[..., None]
+    found = logits.gather(-1, token)[..., 0].float() - logits.mean(-1, dtype=torch.float32)  # (B, n)
     if not isinstance(inputs, Tensor) and "attention_mask" in inputs:
-        real = inputs["attention_mask"].flatten().bool()
-        logits, uniform = logits[real], uniform[real]
-    with torch.no_grad():  # a token of each position by the inverse of its distribution function
-        rows = zip(logits.split(256), uniform.split(256), strict=True)
-        drawn = torch.cat(
-            [torch.searchsorted(x.float().softmax(-1).cumsum(-1), u[:, None] * 0.999999)[:, 0] for x, u in rows]
-        )
-    return -nn.functional.cross_entropy(logits.float(), drawn, reduction="sum")
+        found = found[inputs["attention_mask"].bool()]
+    return found.sum()
 
 
 @contextmanager

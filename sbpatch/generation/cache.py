@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from typing import Any
 
 from transformers import Cache, DynamicCache, PreTrainedConfig
 from transformers.cache_utils import DynamicLayer
 
 from .layer import CompressedLayer
-from .settings import Settings
+from .settings import Reads, Settings
+from .shares import shared_out
 from .step import Scratch
 
 
@@ -21,8 +23,8 @@ class CompressedCache(Cache):
     Args:
         config: of the model.
         settings: what a step reads.
-        chosen: numbers of layers; all where it is None. With a weight each, a layer reads in proportion to it, and the
-            budget is the mean of the chosen ones: such are the shares of the entries that a plan gives its sites.
+        chosen: numbers of layers; all where it is None. With a weight each, a layer reads in proportion to it, as far as
+            it has tokens, and the budget is the mean of the chosen ones (see `generate.patched_layers`).
     """
 
     def __init__(
@@ -33,14 +35,16 @@ class CompressedCache(Cache):
     ) -> None:
         self.settings = settings or Settings()
         scratch = Scratch()
-        weights = chosen if isinstance(chosen, Mapping) else {}
-        mean = sum(weights.values()) / max(len(weights), 1)
-        layers = [
-            CompressedLayer(self.settings, scratch, weights.get(number, mean) / mean if mean else 1.0)
-            if type(layer) is DynamicLayer and (chosen is None or number in chosen)
-            else layer
-            for number, layer in enumerate(DynamicCache(config=config).layers)
-        ]
+        plain = DynamicCache(config=config).layers
+        numbers = [i for i, x in enumerate(plain) if type(x) is DynamicLayer and (chosen is None or i in chosen)]
+        weights = tuple(chosen[i] if isinstance(chosen, Mapping) else 1.0 for i in numbers)
+
+        def reads(place: int) -> Reads:
+            return lambda mean, least, most: shared_out(weights, mean, least, most)[place]
+
+        layers: list[Any] = list(plain)
+        for place, number in enumerate(numbers):
+            layers[number] = CompressedLayer(self.settings, scratch, reads(place))
         super().__init__(layers=layers)
 
     @property

@@ -15,6 +15,7 @@ from ..plan import hub, patch
 from ..sites.swap import PatchedSite
 
 SWITCH = ("compressed", "exact")
+POWER = 1.5  # of a layer's share of the plan: what it reads of its cache goes by that (docs/generation.md)
 
 
 def load(directory: str | Path) -> nn.Module:
@@ -34,15 +35,15 @@ def load(directory: str | Path) -> nn.Module:
 def patched_layers(model: nn.Module) -> dict[int, float]:
     """The layers of a text generator whose attention is patched, as its cache counts them; none for other models.
 
-    With each the share of its entries that the patch stores. Calibration gave more to layers whose errors the model suffers
-    from, and the same layers suffer from a cache that is read in part.
+    With each a weight, that power of the share of its entries that the patch stores. Calibration gave more to layers whose
+    errors the model suffers from, and the same layers suffer from a cache that is read in part.
     """
     found: dict[int, float] = {}
     if getattr(model, "can_generate", lambda: False)():
         for module in model.modules():
             site, number = getattr(module, "sbpatch", None), getattr(module, "layer_idx", None)
             if isinstance(site, PatchedSite) and isinstance(number, int):
-                found[number] = site.layer.stored / site.layer.site.row_keys
+                found[number] = (site.layer.stored / site.layer.site.row_keys) ** POWER
     return found
 
 

@@ -20,7 +20,7 @@ from ..errors import SbpatchError
 from . import step
 from .held import Held
 from .partition import halves, rows
-from .settings import Settings
+from .settings import Reads, Settings
 
 AHEAD = 256  # tokens of memory beyond those in use, so that a token more is written and nothing moved
 
@@ -31,10 +31,11 @@ class CompressedLayer(CacheLayerMixin):
     is_sliding = False
     is_croppable = True
 
-    def __init__(self, settings: Settings, scratch: step.Scratch | None = None, weight: float = 1.0) -> None:
+    def __init__(
+        self, settings: Settings, scratch: step.Scratch | None = None, reads: Reads = lambda mean, least, most: mean
+    ) -> None:
         super().__init__()
-        self.settings, self.scratch = settings, scratch or step.Scratch()
-        self.weight = weight  # it reads so many times what layers read on average
+        self.settings, self.scratch, self.reads = settings, scratch or step.Scratch(), reads
         self.clear()
 
     def clear(self) -> None:
@@ -71,7 +72,7 @@ class CompressedLayer(CacheLayerMixin):
                 self._make_blocks(None)
             return key_states, value_states
         held = self._used()
-        if new == 1 and s.best(self.tokens, s.blocked(self.tokens, self.blocked), self.weight) > 0:
+        if new == 1 and s.best(self.tokens, s.blocked(self.tokens, self.blocked), self.reads) > 0:
             return Held.of(held[0], self), Held.of(held[1], self)
         self._count(self.tokens if new == 1 else 0)
         return self.in_time(held[0]), self.in_time(held[1])
@@ -197,7 +198,7 @@ class CompressedLayer(CacheLayerMixin):
         if real is not None and self.padding is not None:
             marks = (self.padding[1], real[:, self.blocked :], self.padding[2])
         past = step.Past(*self.memory, self.tokens, self.settings.block, *self.points, *marks)
-        best = max(self.settings.best(self.tokens, self.blocked, self.weight), 1)
+        best = max(self.settings.best(self.tokens, self.blocked, self.reads), 1)
         self._count(past.read(best))
         return step.attend(q, past, best, self.scratch).reshape(*query.shape[:-1], -1)
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from ..errors import SbpatchError
+
+# Tokens that a layer reads a step: of what layers read on average, of the fewest that one can read, and of all that there are.
+Reads = Callable[[int, int, int], int]
 
 
 @dataclass(frozen=True)
@@ -24,7 +28,7 @@ class Settings:
     """
 
     budget: float = 0.25
-    block: int = 32
+    block: int = 16
     recent: int = 128
     run: int = 256
     least: int = 1024
@@ -42,16 +46,15 @@ class Settings:
         ready = tokens - self.recent - (before or self.block)  # the first tokens are a block of their own
         return before if ready < self.run else (before or self.block) + ready // self.run * self.run
 
-    def best(self, tokens: int, blocked: int, weight: float = 1.0) -> int:
-        """Blocks that a step reads exactly, of a layer that reads `weight` times what layers read on average.
+    def best(self, tokens: int, blocked: int, reads: Reads) -> int:
+        """Blocks that a step reads exactly, of a layer that reads what `reads` says, points included.
 
-        Under 1 where there is no room for one on average, or nothing is saved: then a step reads all.
+        0 where there is no room for one on average, or nothing is saved: then a step reads all.
         """
-        if tokens <= self.least:
-            return 0
         points = blocked // self.block
         rest = points + tokens - blocked
         mean = max(int(self.budget * tokens), self.least)
-        if mean - rest < self.block:
+        if tokens <= self.least or mean - rest < self.block:
             return 0
-        return min(max((int(weight * mean) - rest) // self.block, 1), points)
+        read = reads(mean, rest + self.block, tokens)
+        return points if read >= tokens else min((read - rest) // self.block, points)
