@@ -9,6 +9,7 @@ from ..errors import SbpatchError
 
 # Tokens that a layer reads a step: of what layers read on average, of the fewest that one can read, and of all that there are.
 Reads = Callable[[int, int, int], int]
+WORTH = 0.5  # share of a past above which copying blocks of it takes longer than reading all of it
 
 
 @dataclass(frozen=True)
@@ -17,7 +18,7 @@ class Settings:
 
     Attributes:
         budget: keys and values read a step, points included, as a share of the tokens in the cache, on average over the
-            layers; over 0, at most 1.
+            layers; over 0, at most 1. Where it comes to more than `WORTH`, all are read.
         least: so many tokens are read whatever the budget: a quarter of a short past loses much and saves little; at least 0.
         block: tokens of a block, at least 2.
         recent: the latest tokens, always read exactly, at least 0.
@@ -31,7 +32,7 @@ class Settings:
     block: int = 16
     recent: int = 128
     run: int = 256
-    least: int = 1024
+    least: int = 2048
 
     def __post_init__(self) -> None:
         run = self.block > 1 and self.run > 0 and self.run % self.block == 0
@@ -43,8 +44,14 @@ class Settings:
 
     def blocked(self, tokens: int, before: int) -> int:
         """How many of the first tokens lie in blocks, where `before` do already."""
+        if self._mean(tokens) > WORTH * tokens:
+            return before
         ready = tokens - self.recent - (before or self.block)  # the first tokens are a block of their own
         return before if ready < self.run else (before or self.block) + ready // self.run * self.run
+
+    def _mean(self, tokens: int) -> int:
+        """How many of so many tokens a step reads, on average over the layers."""
+        return max(int(self.budget * tokens), self.least)
 
     def best(self, tokens: int, blocked: int, reads: Reads) -> int:
         """Blocks that a step reads exactly, of a layer that reads what `reads` says, points included.
@@ -53,8 +60,8 @@ class Settings:
         """
         points = blocked // self.block
         rest = points + tokens - blocked
-        mean = max(int(self.budget * tokens), self.least)
-        if tokens <= self.least or mean - rest < self.block:
+        mean = self._mean(tokens)
+        if mean > WORTH * tokens or mean - rest < self.block:
             return 0
         read = reads(mean, rest + self.block, tokens)
         return points if read >= tokens else min((read - rest) // self.block, points)
