@@ -266,6 +266,7 @@ def test_files_and_tables(result, tmp_path):
         assert said in text
 
 
+@pytest.mark.slow
 def test_failure_leaves_what_was_there(result, tmp_path, monkeypatch):
     target = tmp_path / "out"
     analyze.write(result, target)

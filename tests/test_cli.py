@@ -493,6 +493,7 @@ def test_the_package_has_the_names_that_it_lists():
         sbpatch.calibrated  # noqa: B018
 
 
+@pytest.mark.slow
 def test_refusal_of_the_real_process():
     run = process("calibrate", "t2t-vit-dmeo", "-o", "new")
     assert run.returncode == 1

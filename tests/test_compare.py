@@ -35,6 +35,7 @@ def images(count: int) -> torch.Tensor:
     return torch.randn(count, 3, 96, 96, generator=torch.Generator().manual_seed(1))
 
 
+@pytest.mark.slow
 def test_rows_of_a_comparison(model: torch.nn.Module, tmp_path: Path) -> None:
     x = images(4)
     with torch.inference_mode():
