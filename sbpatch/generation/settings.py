@@ -32,7 +32,7 @@ class Settings:
     block: int = 16
     recent: int = 128
     run: int = 256
-    least: int = 2048
+    least: int = 2000
 
     def __post_init__(self) -> None:
         run = self.block > 1 and self.run > 0 and self.run % self.block == 0
