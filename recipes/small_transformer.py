@@ -56,7 +56,7 @@ class Transformer(nn.Module):
     """
 
     def __init__(
-        self, vocabulary: int, classes: int, width: int, layers: Sequence[Layer], answer: Answer, base: float = 1e4
+        self, vocabulary: int, classes: int, width: int, layers: Sequence[Layer], answer: Answer, base: float
     ) -> None:
         super().__init__()
         self.answer = answer

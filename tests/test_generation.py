@@ -318,6 +318,13 @@ def test_layers_read_within_bounds_by_weight_and_the_budget_on_average(weights, 
         assert all(abs(read / weight - other / w) <= 1 / weight + 1 / w for w, other in between)
 
 
+def test_no_blocks_are_made_of_a_past_of_which_over_half_would_be_read():
+    for budget, blocks in ((0.5, True), (0.6, False)):
+        layer = CompressedLayer(Settings(budget=budget, block=4, recent=8, run=16, least=0))
+        layer.update(*(x[:1] for x in tensors(150)))  # of one sample, whose blocks are made with the prompt
+        assert (layer.order is not None) == (layer.blocked > 0) == blocks
+
+
 def test_a_layer_that_reads_all_is_exact_however_it_lies():
     layer = CompressedLayer(SMALL, reads=lambda mean, least, most: most)
     layer.update(*tensors(150))

@@ -242,7 +242,7 @@ def test_the_mean_that_answers_is_of_real_tokens_alone() -> None:
     real = torch.arange(64) < torch.tensor([[20], [64]])
     for method in ("full", "scatterbrain", "performer", "local"):
         layers = [training.attention(method, Geometry(64, 2, 4), 24, 0)]
-        model = transformer.Transformer(9, 3, 8, layers, "mean").eval()
+        model = transformer.Transformer(9, 3, 8, layers, "mean", 1e4).eval()
         answer = model(tokens, real)
         assert answer.shape == (2, 3)
         torch.testing.assert_close(model(tokens.where(real, 8 - tokens), real), answer)

@@ -4,10 +4,11 @@ A small change D of a site's output O moves the answer by J D. Averaged over ran
 E (g . D)^2 is its squared length. For a vocabulary the answer is its logits, up to a constant, and not their softmax: where a
 model is sure of a token, such as one that it copies from far back, the distribution hardly moves under small changes, and a
 head that finds the token would look dispensable. One backward pass gives g for all sites.
-With errors of different tokens taken as independent, damage = sum over tokens of (g_t . D_t)^2. They are not quite:
-neighbours err alike, and where all tokens reach one answer it moves by (sum of g_t . D_t)^2, on average several times as far.
-That square has far more noise, so candidates are measured by the first, times the ratio of the two over all candidates of a
-method at a site (see `weigh.coherence`).
+
+With errors of different tokens taken as independent, damage = sum over tokens of (g_t . D_t)^2. They are not quite: neighbours
+err alike, and where all tokens reach one answer it moves by (sum of g_t . D_t)^2, on average several times as far. That square
+has far more noise, so candidates are measured by the first, times the ratio of the two over all candidates of a method at a
+site (see `weigh.coherence`).
 """
 
 from __future__ import annotations

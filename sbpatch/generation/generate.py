@@ -15,7 +15,7 @@ from ..plan import hub, patch
 from ..sites.swap import PatchedSite
 
 SWITCH = ("compressed", "exact")
-POWER = 1.5  # of a layer's share of the plan: what it reads of its cache goes by that (docs/generation.md)
+POWER = 1.5  # to which a layer's share of its plan's entries is its weight in the cache (docs/generation.md)
 
 
 def load(directory: str | Path) -> nn.Module:
@@ -35,7 +35,7 @@ def load(directory: str | Path) -> nn.Module:
 def patched_layers(model: nn.Module) -> dict[int, float]:
     """The layers of a text generator whose attention is patched, as its cache counts them; none for other models.
 
-    With each a weight, that power of the share of its entries that the patch stores. Calibration gave more to layers whose
+    With each its weight, a power of the share of the exact entries that its patch stores. Calibration gave more to layers whose
     errors the model suffers from, and the same layers suffer from a cache that is read in part.
     """
     found: dict[int, float] = {}

@@ -44,24 +44,27 @@ class Settings:
 
     def blocked(self, tokens: int, before: int) -> int:
         """How many of the first tokens lie in blocks, where `before` do already."""
-        if self._mean(tokens) > WORTH * tokens:
-            return before
         ready = tokens - self.recent - (before or self.block)  # the first tokens are a block of their own
-        return before if ready < self.run else (before or self.block) + ready // self.run * self.run
-
-    def _mean(self, tokens: int) -> int:
-        """How many of so many tokens a step reads, on average over the layers."""
-        return max(int(self.budget * tokens), self.least)
+        if ready < self.run or self._all(tokens):
+            return before
+        return (before or self.block) + ready // self.run * self.run
 
     def best(self, tokens: int, blocked: int, reads: Reads) -> int:
         """Blocks that a step reads exactly, of a layer that reads what `reads` says, points included.
 
         0 where there is no room for one on average, or nothing is saved: then a step reads all.
         """
-        points = blocked // self.block
+        points, mean = blocked // self.block, self._mean(tokens)
         rest = points + tokens - blocked
-        mean = self._mean(tokens)
-        if mean > WORTH * tokens or mean - rest < self.block:
+        if self._all(tokens) or mean - rest < self.block:
             return 0
         read = reads(mean, rest + self.block, tokens)
         return points if read >= tokens else min((read - rest) // self.block, points)
+
+    def _mean(self, tokens: int) -> int:
+        """How many of so many tokens a step is to read, on average over the layers."""
+        return max(int(self.budget * tokens), self.least)
+
+    def _all(self, tokens: int) -> bool:
+        """Whether a step reads all of so many tokens, as it would read too many of them to gain by it."""
+        return self._mean(tokens) > WORTH * tokens
