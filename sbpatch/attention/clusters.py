@@ -46,14 +46,16 @@ class Clusters(LowRank):
     def sized(cls, stored: float, site: Geometry) -> dict[str, int] | None:
         return {"rank": int(stored) - 1} if stored >= 2 else None
 
-    def _assigned(self, k: Tensor, key_mask: Tensor | None) -> Tensor:
-        """Cluster of each key, (B, H, n)."""
-        return kmeans.nearest(k, kmeans.lloyd(k, key_mask, self.rank, self.steps))[0]
+    def _centres(self, k: Tensor, key_mask: Tensor | None) -> Tensor:
+        return kmeans.lloyd(k.detach(), key_mask, self.rank, self.steps)
+
+    def _members(self, k: Tensor, v: Tensor, key_mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Cluster of each key, (B, H, n), and of each cluster what `kmeans.members` says."""
+        return kmeans.nearest_members(k, v, self._centres(k, key_mask), key_mask)
 
     def select(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, scale: float, joined: bool) -> Points:
         k, v = (x.float() if x.dtype == torch.float64 else x for x in (k, v))  # nothing is subtracted that needs more
-        own = self._assigned(k.detach(), key_mask)
-        keys, values, count = kmeans.members(k, v, own, self.rank, key_mask)
+        own, keys, values, count = self._members(k, v, key_mask)
         mean, value = (x / count.clamp(min=1) for x in (keys, values))
         return Points(mean * self._sharp(mean), value, count[..., 0], own)
 
@@ -64,7 +66,8 @@ class Clusters(LowRank):
 
     def dense(self, q: Tensor, k: Tensor, key_mask: Tensor | None) -> Tensor:
         q = q.double() * self._sharp(q.double())
-        member = F.one_hot(self._assigned(k.detach().float(), key_mask), self.rank).double()  # (B, H, n, m)
+        k = k.float()
+        member = F.one_hot(kmeans.nearest(k, self._centres(k, key_mask))[0], self.rank).double()  # (B, H, n, m)
         real = member if key_mask is None else member * key_mask[:, None, :, None]
         mean = real.mT @ k.double() / real.sum(-2).clamp(min=1)[..., None]
         return (q @ (member @ mean).mT).exp()

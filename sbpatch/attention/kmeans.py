@@ -68,6 +68,21 @@ def members(k: Tensor, v: Tensor, index: Tensor, m: int, key_mask: Tensor | None
     return sums(k, index, m, keep), sums(v, index, m, keep), counts(index, m, keep)
 
 
+def nearest_members(
+    k: Tensor, v: Tensor, centre: Tensor, key_mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The nearest centre (B, H, m, d) of each key, (B, H, n), and `members` of these clusters."""
+    many = centre.shape[2]
+    if kernels.chosen(k) and kernels.chosen(v):
+        from .kernels import lloyd as fast
+
+        if fast.fits(k, many) and fast.fits(v, many):
+            index, total, number = fast.assigned_sums(k, v, centre, key_mask)
+            return index, total[..., : k.shape[-1]], total[..., k.shape[-1] :], number[..., None]
+    index = nearest(k.detach(), centre)[0]
+    return index, *members(k, v, index, many, key_mask)
+
+
 def added(total: Tensor, rows: Tensor, index: Tensor) -> Tensor:
     """`total` (G, m, e) with each of the rows (G, n, e) added to its cluster's; it may be changed in place.
 
@@ -137,6 +152,13 @@ def lloyd(k: Tensor, key_mask: Tensor | None, m: int, steps: int) -> Tensor:
             key_mask = torch.arange(seen, device=k.device) < key_mask.sum(-1, keepdim=True)
     wide = torch.promote_types(k.dtype, torch.float32)
     k, centre = k.contiguous(), centre.to(wide)  # rows of it are taken in each step
+    if kernels.chosen(k):
+        from .kernels import lloyd as fast
+
+        if fast.fits(k, m) and seen <= fast.SEEN:
+            for _ in range(steps):
+                centre = fast.lloyd_step(k, centre, key_mask)
+            return centre
     step = _step(k, m, key_mask)
     most = min(m, seen) - 1
     for _ in range(steps):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import SbpatchError
+from . import kmeans
 from .clusters import Clusters
 from .core import Points
 from .registry import Geometry, register
@@ -55,8 +56,9 @@ class Pooling(Clusters):
         patches = (row[:, None] * wide + col).flatten()
         return torch.cat((patches.new_full((self.site.prefix,), high * wide), patches))
 
-    def _assigned(self, k: Tensor, key_mask: Tensor | None) -> Tensor:
-        return self.pools(k.shape[-2], k.device).expand(*k.shape[:3])
+    def _members(self, k: Tensor, v: Tensor, key_mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        own = self.pools(k.shape[-2], k.device).expand(*k.shape[:3])
+        return own, *kmeans.members(k, v, own, self.rank, key_mask)
 
     def select(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, scale: float, joined: bool) -> Points:
         points = super().select(q, k, v, key_mask, scale, joined)

@@ -12,7 +12,7 @@ pytest.importorskip("triton", reason="triton is not installed (sbpatch[gpu])")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 from sbpatch.attention import Geometry, Scatterbrain, kernels  # noqa: E402
-from sbpatch.attention.kernels import blocks, clusters, plain, rows, tiles  # noqa: E402
+from sbpatch.attention.kernels import blocks, clusters, lloyd, plain, rows, tiles  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's numpy on log 0
 
@@ -190,6 +190,38 @@ def test_cluster_sums_are_the_same_bits_on_every_run(dtype: torch.dtype, masked:
         assert_close(found, plain.cluster_sums(*call), torch.float32)
         again = clusters.cluster_sums(*call)
         assert all(one.equal(other) for one, other in zip(found, again, strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("masked", [False, True])
+def test_keys_are_assigned_and_summed_in_one_reading(dtype: torch.dtype, masked: bool) -> None:
+    k, v, centre = draw(2, 3, 600, 24, dtype=dtype), draw(2, 3, 600, 40, dtype=dtype), draw(2, 3, 70, 24, dtype=dtype)
+    centre[:, :, 3] = centre[:, :, 2]  # of two that are as near the first is taken
+    mask, centre = some(2, 600) if masked else None, centre.float()
+    index, *found = lloyd.assigned_sums(k, v, centre, mask)
+    level = k.float() @ centre.mT - centre.square().sum(-1)[:, :, None] / 2
+    assert_close(level.gather(-1, index[..., None]).squeeze(-1), level.amax(-1), torch.float32)
+    assert not index.eq(3).any()
+    assert_close(tuple(found), plain.cluster_sums(k, v, index, mask, 70), torch.float32)
+    again = lloyd.assigned_sums(k, v, centre, mask)
+    assert all(one.equal(other) for one, other in zip((index, *found), again, strict=True))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_lloyd_step_moves_centres_to_means_and_idle_ones_to_far_keys(masked: bool) -> None:
+    k, centre = draw(2, 3, 300, 24), draw(2, 3, 20, 24)
+    centre[:, :, [4, 9]] = 100.0  # no key is near
+    centre[:, :, 7] = centre[:, :, 6]
+    mask = some(2, 300) if masked else None
+    found = lloyd.lloyd_step(k, centre, mask)
+    distance, index = (k[..., None, :] - centre[:, :, None]).square().sum(-1).min(-1)
+    total, count = plain.cluster_sums(k, None, index, mask, 20)
+    empty = count == 0
+    assert empty.sum(-1).min() >= 3
+    far = (distance if mask is None else distance * mask[:, None]).topk(20).indices
+    turn = (empty.cumsum(-1) - 1).clamp(min=0)
+    moved = k.gather(2, far.gather(-1, turn)[..., None].expand(-1, -1, -1, 24))
+    assert_close(found, torch.where(empty[..., None], moved, total / count[..., None]), torch.float32)
 
 
 # -- whole layers ----------------------------------------------------------------------------------------------------

@@ -110,3 +110,10 @@ def cluster_sums(a: Tensor, b: Tensor | None, index: Tensor, mask: Tensor | None
         member = member * mask[:, None, :, None]
     rows = a.float() if b is None else torch.cat((a, b), -1).float()
     return member.mT @ rows, member.sum(2)
+
+
+def assigned_sums(k: Tensor, v: Tensor, centre: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    centre = centre.to(k.dtype).float()  # as the kernel multiplies them
+    level = k.detach().float() @ centre.mT - centre.square().sum(-1)[:, :, None] / 2
+    index = level.argmax(-1)
+    return (index, *cluster_sums(k, v, index, mask, centre.shape[2]))
