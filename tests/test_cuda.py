@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from sbpatch.attention import Geometry, Scatterbrain, kernels
 from sbpatch.attention.kmeans import members
+from sbpatch.attention.per_head import Exact
 from sbpatch.cli.commands import app
 from sbpatch.measure import elapsed_ms, peak_memory_bytes, without_launches
 
@@ -49,11 +50,16 @@ def test_bfloat16_differs_by_its_rounding_alone(
 ) -> None:
     layer, call = layer_and_call(method, parameters, causal, key_heads)
     layer, call = layer.cuda(), [x.cuda().bfloat16() for x in call]
-    found = layer(*call).float()
+    found, wide = layer(*call).float(), [x.float() for x in call]
     monkeypatch.setattr(kernels, "chosen", lambda x: False)
-    expected = layer(*[x.float() for x in call])
-    off = (found - expected).norm(dim=-1) > 0.02 * expected.norm(dim=-1)  # rows for which a key changed its cluster
-    assert off.float().mean() <= (0.1 if "clusters" in method else 0)
+    expected = layer(*wide)
+    if "clusters" not in method:
+        off = (found - expected).norm(dim=-1) > 0.02 * expected.norm(dim=-1)
+        assert not off.any()
+        return
+    # Lloyd steps of rounded keys end elsewhere; these clusters are as good
+    exact = Exact(layer.site)(*wide)
+    assert (found - exact).norm() <= 1.02 * (expected - exact).norm()
 
 
 @pytest.mark.parametrize(("method", "parameters", "causal", "key_heads"), LAYERS)

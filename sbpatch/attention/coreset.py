@@ -220,10 +220,14 @@ def _gram(landmark: Tensor) -> Tensor:
 
 
 def _solve(gram: Tensor, right: Tensor) -> Tensor:
-    """gram^-1 right; without the check for NaN, which would wait for the device."""
+    """gram^-1 right; without the check for NaN, which would wait for the device, as would `cholesky_solve` on a GPU."""
     if torch.compiler.is_exporting():
         return newton_inverse(gram) @ right
-    return torch.cholesky_solve(right, torch.linalg.cholesky_ex(gram)[0])
+    factor = torch.linalg.cholesky_ex(gram)[0]
+    if gram.is_cuda:
+        half = torch.linalg.solve_triangular(factor, right, upper=False)
+        return torch.linalg.solve_triangular(factor.mT, half, upper=True)
+    return torch.cholesky_solve(right, factor)
 
 
 def newton_inverse(gram: Tensor) -> Tensor:

@@ -145,20 +145,18 @@ def lloyd(k: Tensor, key_mask: Tensor | None, m: int, steps: int) -> Tensor:
     """
     n = k.shape[-2]
     seen = min(n, SAMPLE * m)
-    centre = strided(k, key_mask, m)
-    if seen < n:
+    wide = torch.promote_types(k.dtype, torch.float32)
+    centre = strided(k, key_mask, m).to(wide)
+    fast = _fast(k, m, seen)
+    if seen < n and (fast is None or key_mask is not None):
         k = strided(k, key_mask, seen, once=True)
         if key_mask is not None:  # fewer real keys than that: as if the padding were not there
             key_mask = torch.arange(seen, device=k.device) < key_mask.sum(-1, keepdim=True)
-    wide = torch.promote_types(k.dtype, torch.float32)
-    k, centre = k.contiguous(), centre.to(wide)  # rows of it are taken in each step
-    if kernels.chosen(k):
-        from .kernels import lloyd as fast
-
-        if fast.fits(k, m) and seen <= fast.SEEN:
-            for _ in range(steps):
-                centre = fast.lloyd_step(k, centre, key_mask)
-            return centre
+    if fast is not None:
+        for _ in range(steps):
+            centre = fast(k, centre, key_mask, seen)
+        return centre
+    k = k.contiguous()  # rows of it are taken in each step
     step = _step(k, m, key_mask)
     most = min(m, seen) - 1
     for _ in range(steps):
@@ -173,6 +171,16 @@ def lloyd(k: Tensor, key_mask: Tensor | None, m: int, steps: int) -> Tensor:
         moved = torch.where(farthest.gather(-1, turn)[..., None] > 0, key.to(wide), centre)
         centre = torch.where(empty, moved, total / count)
     return centre
+
+
+def _fast(k: Tensor, m: int, seen: int) -> Callable[[Tensor, Tensor, Tensor | None, int], Tensor] | None:
+    """The kernel for a whole step, where there is one for so many clusters and keys."""
+    if kernels.chosen(k):
+        from .kernels import lloyd
+
+        if lloyd.fits(k, m) and seen <= lloyd.SEEN:
+            return lloyd.lloyd_step
+    return None
 
 
 def _step(k: Tensor, m: int, key_mask: Tensor | None) -> Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]:

@@ -12,7 +12,7 @@ pytest.importorskip("triton", reason="triton is not installed (sbpatch[gpu])")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 from sbpatch.attention import Geometry, Scatterbrain, kernels  # noqa: E402
-from sbpatch.attention.kernels import blocks, clusters, lloyd, plain, rows, tiles  # noqa: E402
+from sbpatch.attention.kernels import blocks, clusters, lloyd, plain, points, rows, tiles  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's numpy on log 0
 
@@ -154,15 +154,14 @@ def test_points_and_attention_of_blocks(dtype: torch.dtype, masked: bool) -> Non
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_points_that_all_rows_share(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("many", [50, 300])  # that a program holds, and that it does not
+def test_points_that_all_rows_share(dtype: torch.dtype, many: int) -> None:
     call = (
-        draw(2, 4, 150, 24, dtype=dtype),
-        draw(2, 2, 50, 24, dtype=dtype),
-        draw(2, 2, 50, 40, dtype=dtype),
-        draw(2, 2, 50),
-        0.2,
-    )
-    assert_close(rows.attend_points(*call), plain.attend_points(*call), dtype)
+        draw(2, 4, 150, 24, dtype=dtype), draw(2, 2, many, 24, dtype=dtype), draw(2, 2, many, 40, dtype=dtype),
+        draw(2, 2, many), 0.2,
+    )  # fmt: skip
+    call[3][:, :, ::3] = -torch.inf  # of clusters without keys
+    assert_close(points.attend_points(*call), plain.attend_points(*call), dtype)
 
 
 # -- clusters --------------------------------------------------------------------------------------------------------
@@ -213,7 +212,7 @@ def test_a_lloyd_step_moves_centres_to_means_and_idle_ones_to_far_keys(masked: b
     centre[:, :, [4, 9]] = 100.0  # no key is near
     centre[:, :, 7] = centre[:, :, 6]
     mask = some(2, 300) if masked else None
-    found = lloyd.lloyd_step(k, centre, mask)
+    found = lloyd.lloyd_step(k, centre, mask, 300)
     distance, index = (k[..., None, :] - centre[:, :, None]).square().sum(-1).min(-1)
     total, count = plain.cluster_sums(k, None, index, mask, 20)
     empty = count == 0
@@ -222,6 +221,13 @@ def test_a_lloyd_step_moves_centres_to_means_and_idle_ones_to_far_keys(masked: b
     turn = (empty.cumsum(-1) - 1).clamp(min=0)
     moved = k.gather(2, far.gather(-1, turn)[..., None].expand(-1, -1, -1, 24))
     assert_close(found, torch.where(empty[..., None], moved, total / count[..., None]), torch.float32)
+
+
+def test_a_lloyd_step_may_see_keys_at_even_strides_alone() -> None:
+    k, centre = draw(2, 3, 300, 24), draw(2, 3, 20, 24)
+    centre[:, :, 4] = 100.0
+    seen = k[:, :, (2 * torch.arange(77) + 1) * 300 // 154]
+    assert lloyd.lloyd_step(k, centre, None, 77).equal(lloyd.lloyd_step(seen, centre, None, 77))
 
 
 # -- whole layers ----------------------------------------------------------------------------------------------------

@@ -9,7 +9,8 @@ from .. import expansion
 from ..core import Expansion, Points, Tiles, places, take
 from ..fused import hiding, remainder
 from .blocks import block_points
-from .rows import attend_blocks, attend_points, fits
+from .points import attend_points
+from .rows import attend_blocks, fits
 from .tiles import attend_tiles
 
 

@@ -16,7 +16,7 @@ from .common import operator, padded, plain_rows, precision, product
 
 MOST = 128  # centres that one program compares keys with, and whose sums it holds
 SEEN = 4096  # keys whose distances one program ranks
-PROGRAMS = 528  # that `assigned_sums` is split into, about: four for each multiprocessor
+PROGRAMS = 264  # that the keys are split into, about: two for each multiprocessor
 LEAST = 256  # keys of one of them
 
 
@@ -28,7 +28,7 @@ def fits(k: Tensor, many: int) -> bool:
 @triton.jit
 def _assigned(
     k, v, centre, mask, index, distance, out, counts,
-    n, many, width, width_v, heads, splits, step, k_b, k_h, k_n, v_b, v_h, v_n, mask_b,
+    n, every, many, width, width_v, heads, splits, step, k_b, k_h, k_n, v_b, v_h, v_n, mask_b,
     VALUES: tl.constexpr, MASKED: tl.constexpr, KEYS: tl.constexpr, CENTRES: tl.constexpr,
     WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -50,7 +50,10 @@ def _assigned(
     for start in range(split * step, stop, KEYS):
         row = start + tl.arange(0, KEYS)
         inside = row < stop
-        keys = tl.load(k + row[:, None] * k_n + d[None, :], mask=inside[:, None] & (d < width)[None, :], other=0.0)
+        at = row
+        if not VALUES:
+            at = ((2 * row.to(tl.int64) + 1) * every // (2 * n)).to(tl.int32)  # n of all keys, at even strides
+        keys = tl.load(k + at[:, None] * k_n + d[None, :], mask=inside[:, None] & (d < width)[None, :], other=0.0)
         level = product(keys, centres, tl.zeros([KEYS, CENTRES], tl.float32), PRECISION) - half[None, :]  # (n, m)
         best = tl.max(level, 1)
         own = tl.min(tl.where(level == best[:, None], c[None, :], many), 1)
@@ -80,11 +83,11 @@ def _assigned(
     tl.store(counts + to, tl.max(number, 1), mask=c < many)
 
 
-def _parts(k: Tensor, v: Tensor | None, centre: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """The index of each key's centre, or without values its squared distance, and what each part of the keys adds to the sums
-    (B, H, parts, m, d + e) and numbers (B, H, parts, m) of the clusters.
+def _parts(k: Tensor, v: Tensor | None, centre: Tensor, mask: Tensor | None, n: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Of n keys, all where there are values: the index of the centre of each, or without values its squared distance, and what
+    each part of the keys adds to the sums (B, H, parts, m, d + e) and numbers (B, H, parts, m) of the clusters.
     """
-    (batch, heads, n, width), many = k.shape, centre.shape[2]
+    (batch, heads, every, width), many = k.shape, centre.shape[2]
     k, centre = plain_rows(k), centre.contiguous()
     v = v if v is None else plain_rows(v)
     width_v = 0 if v is None else v.shape[-1]
@@ -96,10 +99,11 @@ def _parts(k: Tensor, v: Tensor | None, centre: Tensor, mask: Tensor | None) -> 
     found = torch.empty(batch, heads, n, dtype=torch.float32 if v is None else torch.int64, device=k.device)
     _assigned[(splits, batch * heads)](
         k, k if v is None else v, centre, k if mask is None else mask, found, found, out, counts,
-        n, many, width, width_v, heads, splits, step, *k.stride()[:3], *(k if v is None else v).stride()[:3],
+        n, every, many, width, width_v, heads, splits, step, *k.stride()[:3], *(k if v is None else v).stride()[:3],
         0 if mask is None else mask.stride(0),
         VALUES=v is not None, MASKED=mask is not None, KEYS=keys, CENTRES=padded(many), WIDTH=padded(width),
-        WIDTH_V=padded(width_v) if width_v else 16, PRECISION=precision(k.dtype), num_warps=8, num_stages=2,
+        WIDTH_V=padded(width_v) if width_v else 16, PRECISION=precision(k.dtype), num_warps=8,
+        num_stages=3 if k.dtype != torch.float32 else 2,
     )  # fmt: skip
     return found, out, counts
 
@@ -117,13 +121,13 @@ def assigned_sums(k: Tensor, v: Tensor, centre: Tensor, mask: Tensor | None) -> 
 
     Multiply-adds: n m (2 d + e), in matrix units. Bytes: keys and values once.
     """
-    index, total, count = _parts(k, v, centre, mask)
+    index, total, count = _parts(k, v, centre, mask, k.shape[2])
     return (index, total[:, :, 0], count[:, :, 0]) if total.shape[2] == 1 else (index, total.sum(2), count.sum(2))
 
 
 @triton.jit
 def _moved(
-    k, centre, distance, parts, counts, out, n, many, width, heads, splits, k_b, k_h, k_n,
+    k, centre, distance, parts, counts, out, n, every, many, width, heads, splits, k_b, k_h, k_n,
     SEEN: tl.constexpr, CENTRES: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     pair = tl.program_id(0).to(tl.int64)
@@ -145,28 +149,31 @@ def _moved(
     for t in range(0, tl.sum(empty.to(tl.int32), 0)):
         farthest, which = tl.max(far, 0), tl.argmax(far, 0)
         far = tl.where(j == which, 0.0, far)
-        key = tl.load(k + which * k_n + d, mask=d < width, other=0.0).to(tl.float32)
+        at = ((2 * which.to(tl.int64) + 1) * every // (2 * n)).to(tl.int32)
+        key = tl.load(k + at * k_n + d, mask=d < width, other=0.0).to(tl.float32)
         takes = turn == tl.where(farthest > 0.0, t + 1, -1)
         mean = tl.where(takes[:, None], key[None, :], mean)
     tl.store(out + place, mean, mask=inside)
 
 
-def _step_shapes(k: Tensor, centre: Tensor, mask: Tensor | None) -> Tensor:
+def _step_shapes(k: Tensor, centre: Tensor, mask: Tensor | None, seen: int) -> Tensor:
     return torch.empty_like(centre, dtype=torch.float32, memory_format=torch.contiguous_format)
 
 
 @operator("lloyd_step", _step_shapes, None)
-def lloyd_step(k: Tensor, centre: Tensor, mask: Tensor | None) -> Tensor:
-    """The means of the keys k (B, H, n, d) that are nearest to each of the centres (B, H, m, d): (B, H, m, d) float32.
+def lloyd_step(k: Tensor, centre: Tensor, mask: Tensor | None, seen: int) -> Tensor:
+    """The means of the keys that are nearest to each of the centres (B, H, m, d): (B, H, m, d) float32.
 
-    A centre without keys takes one of the keys farthest from theirs, the t-th such the t-th farthest. n is at most `SEEN`.
+    A centre without keys takes one of the keys farthest from theirs, the t-th such the t-th farthest.
+
+    k (B, H, n, d): `seen` of them count, at even strides, at most `SEEN`; with a mask (B, n) bool these are all.
     """
-    (batch, heads, n, width), many = k.shape, centre.shape[2]
+    (batch, heads, every, width), many = k.shape, centre.shape[2]
     k, centre = plain_rows(k), centre.float().contiguous()
-    distance, parts, counts = _parts(k, None, centre, mask)
+    distance, parts, counts = _parts(k, None, centre, mask, seen)
     out = torch.empty_like(centre)
     _moved[(batch * heads,)](
-        k, centre, distance, parts, counts, out, n, many, width, heads, parts.shape[2], *k.stride()[:3],
-        SEEN=padded(n), CENTRES=padded(many), WIDTH=padded(width), num_warps=8,
+        k, centre, distance, parts, counts, out, seen, every, many, width, heads, parts.shape[2], *k.stride()[:3],
+        SEEN=padded(seen), CENTRES=padded(many), WIDTH=padded(width), num_warps=8,
     )  # fmt: skip
     return out

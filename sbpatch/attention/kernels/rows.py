@@ -159,13 +159,8 @@ def _launch(
     return out.transpose(1, 2)
 
 
-def _of_points(q: Tensor, key: Tensor, value: Tensor, bias: Tensor, scale: float) -> Tensor:
-    return value.new_empty(q.shape[0], q.shape[2], q.shape[1], value.shape[-1]).transpose(1, 2)
-
-
-@operator("attend_points", _of_points, plain.attend_points)
-def attend_points(q: Tensor, key: Tensor, value: Tensor, bias: Tensor, scale: float) -> Tensor:
-    """q (B, H, n, d), key and value (B, H_k, m, d or e) of its dtype, bias (B, H_k, m) float32 -> (B, H, n, e)."""
+def of_points(q: Tensor, key: Tensor, value: Tensor, bias: Tensor, scale: float) -> Tensor:
+    """As `points.attend_points`, for any number of points."""
     return _launch(q, key, value, None, None, (key, value, bias), None, scale, (ROWS, 0, 0, ROWS))
 
 
