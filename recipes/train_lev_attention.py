@@ -33,6 +33,7 @@ from sbpatch.attention.leverage import Leverage
 from sbpatch.data.images import ImageSet
 from sbpatch.data.preprocessing import Preprocessing
 from sbpatch.data.sources import open_images
+from sbpatch.measure import device_name
 from sbpatch.plan.plan import versions
 from sbpatch.sites.calls import Call
 from sbpatch.sites.observe import observed
@@ -125,10 +126,10 @@ def reading(model: nn.Module, keys: int | None) -> AbstractContextManager[None]:
 @torch.inference_mode()
 def top1(model: nn.Module, keys: int | None, images: Images) -> float:
     """Percent right, float32."""
-    right = 0
+    right, device = 0, next(model.parameters()).device
     with reading(model.eval(), keys):
         for x, y in zip(images.squares().split(100), images.labels.split(100), strict=True):
-            right += int((model(x).argmax(1) == y).sum())
+            right += int((model(x.to(device)).argmax(1).cpu() == y).sum())
     return 100 * right / len(images.labels)
 
 
@@ -149,7 +150,8 @@ def heavy_share(model: nn.Module, images: Images) -> dict[str, float]:
             for name, value in ((f"heavy_{keys}", heavy * inside), (f"mass_{keys}", p * inside)):
                 sums[name] = sums.get(name, 0.0) + float(value.sum())
 
-    observed(model.eval(), images.squares(), dict.fromkeys(names, watch), dict.fromkeys(names, False))
+    pixels = images.squares().to(next(model.parameters()).device)
+    observed(model.eval(), pixels, dict.fromkeys(names, watch), dict.fromkeys(names, False))
     whole = {"heavy": max(sums["heavy"], 1.0), "mass": sums["all"]}
     shares = {name: total / whole[name.partition("_")[0]] for name, total in sums.items() if "_" in name}
     return shares | {"heavy_per_row": sums["heavy"] / sums["all"]}
@@ -166,7 +168,7 @@ def batches(count: int, batch: int, start: int, steps: int, seed: int) -> Iterat
 
 def train(keys: int | None, data: Images, watched: Images, state: Path, args: argparse.Namespace) -> dict[str, Any]:
     """Train one model, or go on with it; what `state` holds at the end is returned."""
-    model = fresh_model(args.seed)
+    model = fresh_model(args.seed).to(args.device)
     decayed = [p for p in model.parameters() if p.ndim > 1]
     groups = [
         {"params": decayed, "weight_decay": WEIGHT_DECAY},
@@ -175,14 +177,14 @@ def train(keys: int | None, data: Images, watched: Images, state: Path, args: ar
     stepper = torch.optim.AdamW(groups, lr=RATE, weight_decay=0.0, betas=(0.9, 0.98))
     found: dict[str, Any] = {"step": 0, "shares": [], "seconds": 0.0}
     if state.exists():
-        found = torch.load(state, weights_only=True)
+        found = torch.load(state, map_location=args.device, weights_only=True)
         model.load_state_dict(found["model"])
         stepper.load_state_dict(found["optimizer"])
     began, losses = time.perf_counter() - found["seconds"], []
     for step, index, generator in batches(len(data.labels), args.batch, found["step"], args.steps, args.seed):
-        with reading(model.train(), keys), torch.autocast("cpu", torch.bfloat16):
-            logits = model(augmented(data.pixels[index], generator))
-        loss = F.cross_entropy(logits.float(), data.labels[index], label_smoothing=SMOOTHING)
+        with reading(model.train(), keys), torch.autocast(args.device.type, torch.bfloat16):
+            logits = model(augmented(data.pixels[index], generator).to(args.device))
+        loss = F.cross_entropy(logits.float(), data.labels[index].to(args.device), label_smoothing=SMOOTHING)
         stepper.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -225,10 +227,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     named = {None: f"all {n} keys"} | {keys: f"{keys} keys" for keys in KEYS}
     rows: list[dict[str, Any]] = []
     result: dict[str, Any] = {"steps": args.steps, "batch": args.batch, "seed": args.seed, "versions": versions()}
+    result |= {"device": device_name(args.device.type)}
     result |= {"train": len(data.labels), "test": len(test.labels), "heavy": HEAVY, "minutes": {}}
     for keys, name in named.items():
         found = train(keys, data, test.first(WATCHED), args.output / f"{name.replace(' ', '-')}.pt", args)
-        model = fresh_model(args.seed)
+        model = fresh_model(args.seed).to(args.device)
         model.load_state_dict(found["model"])
         result["minutes"][name] = found["seconds"] / 60
         if keys is None:
@@ -251,6 +254,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, help="test images (default: all)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="cpu or cuda")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     result = run(args)

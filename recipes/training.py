@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from sbpatch.attention import Geometry, sized_layer
 from sbpatch.attention.per_head import Exact, Layer
 from sbpatch.errors import SbpatchError
+from sbpatch.measure import device_name
 from sbpatch.plan.plan import versions
 from sbpatch.sites.calls import Call
 from sbpatch.sites.fidelity import head_profile, output_error
@@ -44,6 +45,12 @@ class Batch(NamedTuple):
     tokens: Tensor  # (B, n) int64
     targets: Tensor  # int64, `IGNORED` where nothing is asked
     real: Tensor | None = None  # (B, n) bool
+
+    def to(self, device: torch.device) -> Batch:
+        return Batch(*(None if x is None else x.to(device) for x in self))
+
+    def first(self, count: int) -> Batch:
+        return Batch(*(None if x is None else x[:count] for x in self))
 
 
 @dataclass(frozen=True)
@@ -104,7 +111,8 @@ def loss_of(logits: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
 def figures(model: nn.Module, test: Sequence[Batch]) -> dict[str, float]:
     """Perplexity, and percent right, over all targets of the test samples."""
     loss, right, count = 0.0, 0, 0
-    for batch in test:
+    device = next(model.parameters()).device
+    for batch in (on_host.to(device) for on_host in test):
         logits = model(batch.tokens, batch.real)
         loss += float(loss_of(logits, batch.targets, "sum"))
         right += int((logits.argmax(-1) == batch.targets).sum())
@@ -133,12 +141,13 @@ def calls_of(model: Transformer, causal: bool) -> Iterator[list[Call]]:
 @torch.inference_mode()
 def probe(model: Transformer, task: Task, size: Settings, methods: Sequence[str], seed: int) -> dict[str, list[float]]:
     """For each block: the mean entropy of its exact attention in nats, and of each method how far its output is off."""
-    batch = task.test[0]
+    device = next(model.parameters()).device
+    batch = task.test[0].first(PROBED).to(device)
     with calls_of(model, task.causal) as calls:
-        model(batch.tokens[:PROBED], None if batch.real is None else batch.real[:PROBED])
+        model(batch.tokens, batch.real)
     found = {"entropy": [float(head_profile(call)["entropy"].mean()) for call in calls]}
     for method in methods:
-        layers = [attention(method, geometry(task, size), size.entries, seed + i) for i in range(len(calls))]
+        layers = [attention(method, geometry(task, size), size.entries, seed + i).to(device) for i in range(len(calls))]
         found[method] = [
             float(output_error(call.through(layer), call.exact(), call.key_mask).mean())
             for call, layer in zip(calls, layers, strict=True)
@@ -146,11 +155,13 @@ def probe(model: Transformer, task: Task, size: Settings, methods: Sequence[str]
     return found
 
 
-def train(task: Task, size: Settings, method: str, seed: int, probed: Sequence[str]) -> dict[str, Any]:
+def train(
+    task: Task, size: Settings, method: str, seed: int, probed: Sequence[str], device: torch.device
+) -> dict[str, Any]:
     """Train one model; its row of figures, with those of `probed` methods on the way."""
     torch.manual_seed(seed)  # the weights; the samples have a generator of their own, so that all methods see the same
     layers = [attention(method, geometry(task, size), size.entries, seed + i) for i in range(size.depth)]
-    model = Transformer(task.vocabulary, task.classes, size.width, layers, task.answer, size.base)
+    model = Transformer(task.vocabulary, task.classes, size.width, layers, task.answer, size.base).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=size.lr, weight_decay=0.0, betas=(0.9, 0.98))
     generator = torch.Generator().manual_seed(seed + 1)
     warm_up, every = max(size.steps // 20, 1), max(size.steps // PROBES, 1)
@@ -159,7 +170,7 @@ def train(task: Task, size: Settings, method: str, seed: int, probed: Sequence[s
     seconds = 0.0
     for step in range(1, size.steps + 1):
         began = time.process_time()
-        batch = task.draw(size.batch, generator)
+        batch = task.draw(size.batch, generator).to(device)
         for group in optimizer.param_groups:
             group["lr"] = size.lr * min(step / warm_up, 1.0, 4 - 4 * step / size.steps)  # falls in the last quarter
         loss = loss_of(model(batch.tokens, batch.real), batch.targets)
@@ -199,6 +210,7 @@ def arguments(description: str, size: Settings, methods: Sequence[str], output: 
     parser.add_argument("--seeds", type=positive, default=1, help="models of each method")
     parser.add_argument("--json", type=Path, default=Path(output), help="figures; the table lies beside it, as .md")
     parser.add_argument("--threads", type=positive, default=1)
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="cpu or cuda")
     return parser
 
 
@@ -225,7 +237,7 @@ def train_all(task: Task, args: argparse.Namespace) -> None:
     size = settings(args)
     head = {"task": task.name, "settings": asdict(size), "notes": task.notes}
     file = args.json.with_suffix(".json")
-    result: dict[str, Any] = head | {"versions": versions(), "threads": args.threads, "rows": []}
+    result: dict[str, Any] = head | {"versions": versions(), "device": device_name(args.device.type), "rows": []}
     if file.exists():
         result = json.loads(file.read_text(encoding="utf-8"))
         if {name: result[name] for name in head} != head:
@@ -238,7 +250,7 @@ def train_all(task: Task, args: argparse.Namespace) -> None:
         for method in args.methods:
             if any((row["method"], row["seed"]) == (method, seed) for row in rows):
                 continue
-            rows.append(train(task, size, method, seed, approximations if method == FULL else [method]))
+            rows.append(train(task, size, method, seed, approximations if method == FULL else [method], args.device))
             results.write(file, tables(task, result), result)
     print(tables(task, result))
 
