@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from sbpatch.attention import Geometry, Scatterbrain, kernels
 from sbpatch.attention.kmeans import members
-from sbpatch.attention.per_head import Exact
+from sbpatch.attention.per_head import Exact, PerHead
 from sbpatch.cli.commands import app
 from sbpatch.measure import elapsed_ms, peak_memory_bytes, without_launches
 
@@ -79,6 +79,23 @@ def test_no_layer_waits_for_the_device(method: str, parameters: dict[str, int], 
             found = layer(*call)
         graph.replay()
         assert found.equal(expected)
+
+
+def test_groups_of_heads_run_side_by_side_in_a_graph() -> None:
+    site = Geometry(2000, 6, 64, True, key_heads=3)
+    sizes = ({"near": 64, "block": 64, "blocks": 2, "tile": 64}, {"near": 128, "block": 64, "blocks": 1, "tile": 64})
+    layers = [Scatterbrain("blocks", site.of_heads(2), 0, **size) for size in sizes]
+    layer = PerHead(site, [[0, 1], [4, 5], [2, 3]], [*layers, Exact(site.of_heads(2))]).cuda()
+    call = [torch.randn(1, heads, 2000, 64, device="cuda") for heads in (6, 3, 3)]
+    with torch.no_grad():
+        expected = layer(*call)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            found = layer(*call)
+        for _ in range(3):
+            found.zero_()
+            graph.replay()
+            assert found.equal(expected)
 
 
 def test_sums_of_clusters_are_the_same_bits_on_every_run() -> None:

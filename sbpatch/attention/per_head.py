@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cache
 from typing import cast
 
 import torch
@@ -96,15 +98,41 @@ class PerHead(nn.Module):
         k, v = (with_heads(x, self.site.heads // self.site.group) for x in (k, v))
         (batch, heads, n, _), width = q.shape, v.shape[-1]
         out = v.new_empty(batch, n, heads, width).transpose(1, 2)  # as SDPA lays it out
-        for i, layer in enumerate(self.layers):
-            mine, keys = self._index(i)
-            out[:, mine] = layer(q[:, mine], k[:, keys], v[:, keys], key_mask=key_mask, scale=scale)
+        with _side_by_side(q.device, len(self.layers)) as places:
+            for i, (layer, place) in enumerate(zip(self.layers, places, strict=True)):
+                mine, keys = self._index(i)
+                with place:
+                    out[:, mine] = layer(q[:, mine], k[:, keys], v[:, keys], key_mask=key_mask, scale=scale)
         return out
 
     def _index(self, i: int) -> tuple[slice | Tensor, slice | Tensor]:
         """Query heads and key heads of layer i: slices where they follow each other, which copies nothing."""
         heads, keys = self.runs[i]
         return heads or self.get_buffer(f"heads_{i}"), keys or self.get_buffer(f"keys_{i}")
+
+
+@cache
+def _stream(device: torch.device, i: int) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
+
+
+@contextmanager
+def _side_by_side(device: torch.device, groups: int) -> Iterator[list[AbstractContextManager[None]]]:
+    """Where each of the groups is to be computed: while a CUDA graph is captured, on streams that it runs at once.
+
+    A group of few heads does not fill a device. Launched one by one they would not run at once, as launching takes longer
+    than they do.
+    """
+    captured = device.type == "cuda" and not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing()
+    if not captured:
+        yield [nullcontext()] * groups
+        return
+    main, others = torch.cuda.current_stream(device), [_stream(device, i) for i in range(1, groups)]
+    for stream in others:
+        stream.wait_stream(main)
+    yield [nullcontext(), *(torch.cuda.stream(stream) for stream in others)]
+    for stream in others:
+        main.wait_stream(stream)
 
 
 def _run(heads: Sequence[int]) -> slice | None:
