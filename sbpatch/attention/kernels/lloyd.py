@@ -38,10 +38,10 @@ def _assigned(
     mask += (pair // heads) * mask_b
     c, d, e = tl.arange(0, CENTRES), tl.arange(0, WIDTH), tl.arange(0, WIDTH_V)
     place = centre + (pair * many + c)[None, :] * width + d[:, None]
-    centres = tl.load(place, mask=(c < many)[None, :] & (d < width)[:, None], other=0.0).to(
-        k.dtype.element_ty
-    )  # (d, m)
-    half = tl.where(c < many, 0.5 * tl.sum(centres.to(tl.float32) * centres.to(tl.float32), 0), float("inf"))
+    centres = tl.load(place, mask=(c < many)[None, :] & (d < width)[:, None], other=0.0)
+    centres = centres.to(k.dtype.element_ty)  # (d, m), rounded as the products need them
+    norm = tl.sum(centres.to(tl.float32) * centres.to(tl.float32), 0)
+    half = tl.where(c < many, 0.5 * norm, float("inf"))
     total = tl.zeros([CENTRES, WIDTH], tl.float32)
     total_v = tl.zeros([CENTRES, WIDTH_V], tl.float32)
     number = tl.zeros([CENTRES, 16], tl.float32)
@@ -67,7 +67,7 @@ def _assigned(
             far = tl.where(real, tl.sum(wide * wide, 1) - 2.0 * best, 0.0)
             tl.store(distance + pair * n + row, far, mask=inside)
         own = tl.where(real, own, -1)
-        member = tl.trans(tl.where(own[:, None] == c[None, :], 1.0, 0.0).to(keys.dtype))  # (m, n)
+        member = tl.trans(tl.where(own[:, None] == c[None, :], 1.0, 0.0).to(keys.dtype))  # (m, n), one-hot by key
         total = product(member, keys, total, PRECISION)
         number = product(member, ones, number, PRECISION)
         if VALUES:
@@ -91,7 +91,8 @@ def _parts(k: Tensor, v: Tensor | None, centre: Tensor, mask: Tensor | None, n: 
     k, centre = plain_rows(k), centre.contiguous()
     v = v if v is None else plain_rows(v)
     width_v = 0 if v is None else v.shape[-1]
-    keys = 128 if k.dtype != torch.float32 and max(width, width_v) <= 64 else 64 if k.dtype != torch.float32 else 32
+    half = k.element_size() == 2
+    keys = (128 if max(width, width_v) <= 64 else 64) if half else 32
     splits = max(1, min(round(PROGRAMS / (batch * heads)), n // LEAST))
     step = triton.cdiv(triton.cdiv(n, splits), keys) * keys
     out = torch.empty(batch, heads, splits, many, width + width_v, dtype=torch.float32, device=k.device)
@@ -103,7 +104,7 @@ def _parts(k: Tensor, v: Tensor | None, centre: Tensor, mask: Tensor | None, n: 
         0 if mask is None else mask.stride(0),
         VALUES=v is not None, MASKED=mask is not None, KEYS=keys, CENTRES=padded(many), WIDTH=padded(width),
         WIDTH_V=padded(width_v) if width_v else 16, PRECISION=precision(k.dtype), num_warps=8,
-        num_stages=3 if k.dtype != torch.float32 else 2,
+        num_stages=3 if half else 2,
     )  # fmt: skip
     return found, out, counts
 
