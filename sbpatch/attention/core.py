@@ -119,6 +119,12 @@ def known_at_once(x: Tensor) -> bool:
     return x.is_cpu and not torch.compiler.is_compiling()
 
 
+def captured(device: torch.device) -> bool:
+    """Whether a CUDA graph is being captured: what runs then may ask nothing of a tensor's values."""
+    compiling = torch.compiler.is_compiling()
+    return device.type == "cuda" and not compiling and torch.cuda.is_current_stream_capturing()
+
+
 def take(x: Tensor, index: Tensor) -> Tensor:
     """Rows of x (B, H, n, d) at index (T, b) or (B, H, T, b) -> (B, H, T, b, d)."""
     tiles, size = index.shape[-2:]

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import SbpatchError
-from .core import with_heads
+from .core import captured, with_heads
 from .masks import allowed
 from .registry import Geometry
 from .scatterbrain import Scatterbrain
@@ -123,8 +123,7 @@ def _side_by_side(device: torch.device, groups: int) -> Iterator[list[AbstractCo
     A group of few heads does not fill a device. Launched one by one they would not run at once, as launching takes longer
     than they do.
     """
-    captured = device.type == "cuda" and not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing()
-    if not captured:
+    if not captured(device):
         yield [nullcontext()] * groups
         return
     main, others = torch.cuda.current_stream(device), [_stream(device, i) for i in range(1, groups)]

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from ..attention import masks
-from ..attention.core import query_mask
+from ..attention.core import captured, query_mask
 from ..errors import SbpatchError
 from .products import product
 
@@ -93,8 +93,7 @@ class Call:
                 raise SbpatchError(f"attention is called {called}, and was calibrated {not_as}")
             return self
         key_mask = self._key_mask(self.attn_mask)
-        captured = self.query.is_cuda and torch.cuda.is_current_stream_capturing()
-        asked = not (torch.compiler.is_compiling() or captured)
+        asked = not (torch.compiler.is_compiling() or captured(self.query.device))
         if masks.is_bias(self.attn_mask) or (
             asked and not masks.is_plain(self.attn_mask, key_mask, causal, self.query.shape[-2])
         ):

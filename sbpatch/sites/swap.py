@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..attention.core import captured
 from ..attention.per_head import Layer, PerHead
 from ..errors import SbpatchError
 from . import interface
@@ -137,7 +138,7 @@ class PatchedSite(nn.Module):
 
 def _alike(key_mask: Tensor) -> dict[tuple[int, int], list[int]]:
     """Samples by where their real tokens begin and end; none where some are not one stretch, or values may not be asked."""
-    if torch.compiler.is_compiling() or (key_mask.is_cuda and torch.cuda.is_current_stream_capturing()):
+    if torch.compiler.is_compiling() or captured(key_mask.device):
         return {}
     ones = key_mask.to(torch.uint8)
     start, stop = ones.argmax(-1), ones.shape[-1] - ones.flip(-1).argmax(-1)

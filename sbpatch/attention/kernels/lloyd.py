@@ -26,6 +26,12 @@ def fits(k: Tensor, many: int) -> bool:
 
 
 @triton.jit
+def _place(i, n, every):
+    """Where the i-th of n keys lies that are taken of all at even strides, as `kmeans.strided` takes them."""
+    return ((2 * i.to(tl.int64) + 1) * every // (2 * n)).to(tl.int32)
+
+
+@triton.jit
 def _assigned(
     k, v, centre, mask, index, distance, out, counts,
     n, every, many, width, width_v, heads, splits, step, k_b, k_h, k_n, v_b, v_h, v_n, mask_b,
@@ -52,7 +58,7 @@ def _assigned(
         inside = row < stop
         at = row
         if not VALUES:
-            at = ((2 * row.to(tl.int64) + 1) * every // (2 * n)).to(tl.int32)  # n of all keys, at even strides
+            at = _place(row, n, every)
         keys = tl.load(k + at[:, None] * k_n + d[None, :], mask=inside[:, None] & (d < width)[None, :], other=0.0)
         level = product(keys, centres, tl.zeros([KEYS, CENTRES], tl.float32), PRECISION) - half[None, :]  # (n, m)
         best = tl.max(level, 1)
@@ -150,8 +156,7 @@ def _moved(
     for t in range(0, tl.sum(empty.to(tl.int32), 0)):
         farthest, which = tl.max(far, 0), tl.argmax(far, 0)
         far = tl.where(j == which, 0.0, far)
-        at = ((2 * which.to(tl.int64) + 1) * every // (2 * n)).to(tl.int32)
-        key = tl.load(k + at * k_n + d, mask=d < width, other=0.0).to(tl.float32)
+        key = tl.load(k + _place(which, n, every) * k_n + d, mask=d < width, other=0.0).to(tl.float32)
         takes = turn == tl.where(farthest > 0.0, t + 1, -1)
         mean = tl.where(takes[:, None], key[None, :], mean)
     tl.store(out + place, mean, mask=inside)

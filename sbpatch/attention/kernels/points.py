@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import plain, rows
-from .common import LOG2_E, operator, padded, plain_rows, precision, product
+from .common import LOG2_E, operator, output_of, padded, plain_rows, precision, product
 
 PROGRAMS = 792  # about: six for each multiprocessor
 ROWS = 64  # queries of a tile
@@ -53,7 +53,7 @@ def _shared(
 
 
 def _shapes(q: Tensor, key: Tensor, value: Tensor, bias: Tensor, scale: float) -> Tensor:
-    return value.new_empty(q.shape[0], q.shape[2], q.shape[1], value.shape[-1]).transpose(1, 2)
+    return output_of(q, value)
 
 
 @operator("attend_points", _shapes, plain.attend_points)
@@ -67,7 +67,7 @@ def attend_points(q: Tensor, key: Tensor, value: Tensor, bias: Tensor, scale: fl
     if points * widest * q.element_size() ** 2 > HELD:
         return rows.of_points(q, key, value, bias, scale)
     q, key, value, bias = plain_rows(q), key.contiguous(), value.contiguous(), bias.contiguous()
-    out = value.new_empty(batch, n, heads, width_v)
+    out = output_of(q, value)
     step = triton.cdiv(triton.cdiv(n, max(1, round(PROGRAMS / (batch * heads)))), ROWS) * ROWS
     _shared[(triton.cdiv(n, step), batch * heads)](
         q, key, value, bias, out, scale * math.log2(math.e), heads // key_heads, n, many, width, width_v, heads, step,
@@ -75,4 +75,4 @@ def attend_points(q: Tensor, key: Tensor, value: Tensor, bias: Tensor, scale: fl
         ROWS=ROWS, POINTS=points, WIDTH=padded(width), WIDTH_V=padded(width_v), PRECISION=precision(q.dtype),
         num_warps=4, num_stages=3 if widest * q.element_size() <= 128 else 2,
     )  # fmt: skip
-    return out.transpose(1, 2)
+    return out

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import plain
-from .common import LOG2_E, online, operator, padded, plain_rows, precision, product
+from .common import LOG2_E, online, operator, output_of, padded, plain_rows, precision, product
 
 ROWS = 128  # queries of a tile, where all read the same points
 
@@ -146,7 +146,7 @@ def _launch(
     key, value, bias = (x.contiguous() for x in points)
     group, tile = heads // key_heads, lengths[0]
     settings = _settings(max(width, width_v), group * tile, lengths[3])
-    out = v.new_empty(batch, n, heads, width_v)
+    out = output_of(q, v)
     grid = triton.cdiv(n, tile) * triton.cdiv(group * tile, settings["BLOCK_M"]), batch * key_heads
     _rows[grid](
         q, k, v, q if mask is None else mask.contiguous(), q if exact is None else exact.contiguous(), key, value, bias,
@@ -156,7 +156,7 @@ def _launch(
         KEYS=exact is not None, POINTS=bias.shape[-1] > 0, MASKED=mask is not None, GAIN=gain is not None,
         WIDTH=padded(width), WIDTH_V=padded(width_v), PRECISION=precision(q.dtype), **settings,
     )  # fmt: skip
-    return out.transpose(1, 2)
+    return out
 
 
 def of_points(q: Tensor, key: Tensor, value: Tensor, bias: Tensor, scale: float) -> Tensor:
@@ -168,7 +168,7 @@ def _of_blocks(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, exact: Tensor, point_key: Tensor, point_value: Tensor,
     point_bias: Tensor, gain: Tensor | None, scale: float, tile: int, near: int, first: int, block: int,
 ) -> Tensor:  # fmt: skip
-    return v.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[-1]).transpose(1, 2)
+    return output_of(q, v)
 
 
 @operator("attend_blocks", _of_blocks, plain.attend_blocks)

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import plain
-from .common import LOG2_E, online, operator, padded, plain_rows, precision, product
+from .common import LOG2_E, online, operator, output_of, padded, plain_rows, precision, product
 
 
 @triton.jit
@@ -117,8 +117,7 @@ def _shapes(
     point_key: Tensor | None, point_value: Tensor | None, point_bias: Tensor | None, counts: Tensor | None,
     scale: float, causal: bool,
 ) -> Tensor:  # fmt: skip
-    (batch, heads, n, _), width = q.shape, v.shape[-1]
-    return v.new_empty(batch, n, heads, width).transpose(1, 2)
+    return output_of(q, v)
 
 
 @operator("attend_tiles", _shapes, plain.attend_tiles)
@@ -154,7 +153,7 @@ def attend_tiles(
     (batch, heads, n, width), (key_heads, width_v) = q.shape, (k.shape[1], v.shape[-1])
     tiles, size = query.shape[-2:]
     group, lead = heads // key_heads, (batch, key_heads, tiles)
-    out = v.new_empty(batch, n, heads, width_v).transpose(1, 2)
+    out = output_of(q, v)
     settings = _settings(width, group * size)
     row_blocks = triton.cdiv(group * size, settings["BLOCK_M"])
     query, place, key = (x.expand(*lead, -1) for x in (query, place, key))
