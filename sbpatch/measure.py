@@ -24,15 +24,16 @@ def elapsed_ms(work: Callable[[], Any], device: torch.device) -> tuple[Any, floa
     return result, 1e3 * (time.perf_counter() - start)
 
 
-def without_launches(work: Callable[[], Any], device: torch.device) -> Callable[[], Any]:
+def without_launches(work: Callable[[], Any], device: torch.device, pool: Any = None) -> Callable[[], Any]:
     """On CUDA a replay of `work` as a captured graph: what the device computes, without Python and the launches of kernels.
 
-    On a CPU, and where `work` waits for the device, which no graph can, `work` itself.
+    On a CPU, and where `work` waits for the device, which no graph can, `work` itself. Graphs of one `pool` of memory leave
+    nothing in it for each other.
     """
     if device.type != "cuda" or _waits(work, device):
         return work
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
         work()
     return graph.replay
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from sbpatch.attention.kmeans import members
 from sbpatch.attention.per_head import Exact, PerHead
 from sbpatch.cli.commands import app
 from sbpatch.measure import elapsed_ms, peak_memory_bytes, without_launches
+from sbpatch.sites.calls import Call
+from sbpatch.sites.swap import PatchedSite
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
@@ -96,6 +99,54 @@ def test_groups_of_heads_run_side_by_side_in_a_graph() -> None:
             found.zero_()
             graph.replay()
             assert found.equal(expected)
+
+
+def site_and_calls(method: str, parameters: dict[str, int], causal: bool, key_heads: int, calls: int) -> Any:
+    """A patched site, calls of one shape, and a list that grows each time its layer runs from Python."""
+    layer, _ = layer_and_call(method, parameters, causal, key_heads)
+    ran: list[bool] = []
+    layer.register_forward_hook(lambda *_: ran.append(True))
+    made = [
+        Call(
+            *(torch.randn(2, 1000, h, 64, device="cuda").transpose(1, 2) for h in (4, key_heads, key_heads)),
+            is_causal=causal,
+        )
+        for _ in range(calls)
+    ]
+    return PatchedSite("site", layer, graphs=True).cuda(), made, ran
+
+
+@pytest.mark.parametrize(("method", "parameters", "causal", "key_heads"), LAYERS)
+def test_a_site_replays_what_its_layer_computes(
+    method: str, parameters: dict[str, int], causal: bool, key_heads: int
+) -> None:
+    """From the third call of a shape on without Python, to the same bits; sites of one shape take turns in one place."""
+    one, calls, ran = site_and_calls(method, parameters, causal, key_heads, 4)
+    other, _, _ = site_and_calls(method, parameters | ({"first": 9} if causal else {}), causal, key_heads, 0)
+    with torch.inference_mode():
+        expected = [(call.through(one.layer), call.through(other.layer)) for call in calls]
+        ran.clear()
+        found = [(one(call), other(call)) for call in calls]
+        assert len(ran) == 2
+        assert all(x.equal(y) for pair in zip(found, expected, strict=True) for x, y in zip(*pair, strict=True))
+    with torch.no_grad():
+        assert one(calls[0]).equal(expected[0][0])
+    assert len(ran) == 2
+    moved = copy.deepcopy(one).cpu().cuda()  # its tensors lie elsewhere, and so do those of the site itself after this
+    one.cpu().cuda()
+    with torch.inference_mode():
+        for site in (moved, one):
+            assert site(calls[1]).equal(expected[1][0])
+    assert len(ran) >= 3
+
+
+def test_gradients_are_not_replayed() -> None:
+    site, (call,), ran = site_and_calls(*LAYERS[0], 1)
+    call.query.requires_grad_()
+    for _ in range(3):
+        site(call).sum().backward()
+    assert len(ran) == 3
+    assert call.query.grad.isfinite().all()
 
 
 def test_sums_of_clusters_are_the_same_bits_on_every_run() -> None:

@@ -1,4 +1,4 @@
-"""transformers models by both doors: sites swapped by class, and attn_implementation="scatterbrain"."""
+"""transformers models by both doors: loaded as usual and redirected, and attn_implementation="scatterbrain"."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import copy
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -27,6 +28,7 @@ from transformers import (
     ViTConfig,
     ViTModel,
 )
+from transformers.models.llama.modeling_llama import LlamaAttention
 
 from sbpatch.attention import Scatterbrain
 from sbpatch.data.batch import run
@@ -208,23 +210,45 @@ def test_plain_calls_are_what_the_model_computes(make, door, side):
     torch.testing.assert_close(found[mask == 1], expected[mask == 1], atol=1e-4, rtol=1e-4)
 
 
-def test_grouped_heads_come_unrepeated_where_they_can():
-    """By transformers' own door always; by the other one where the call has no mask."""
+@DOORS
+@pytest.mark.parametrize("padded", [False, True])
+def test_grouped_heads_come_unrepeated(door, padded):
+    model, seen = llama(door), []
     mask = torch.ones_like(IDS)
     mask[1, :9] = 0
-    for door, inputs, heads in [
-        ("scatterbrain", {"attention_mask": mask}, 2),
-        ("scatterbrain", {}, 2),
-        ("sdpa", {}, 2),
-        ("sdpa", {"attention_mask": mask}, 4),
-    ]:
-        model, seen = llama(door), []
-        names = [site.name for site in find_sites(model, {"input_ids": IDS})]
-        with swapped(
-            model, dict.fromkeys(names, lambda call, seen=seen: seen.append(call.key.shape[1]) or call.exact())
-        ):
-            answer(model, input_ids=IDS, **inputs)
-        assert seen == [heads] * 2
+    names = [site.name for site in find_sites(model, {"input_ids": IDS})]
+    with swapped(model, dict.fromkeys(names, lambda call: seen.append(call.key.shape[1]) or call.exact())):
+        answer(model, input_ids=IDS, **({"attention_mask": mask} if padded else {}))
+    assert seen == [2, 2]
+
+
+def test_a_redirected_module_has_a_configuration_of_its_own():
+    """Only what is patched is told; the model's configuration, which its other layers share, stays as it was."""
+    model = llama()
+    first, second = (layer.self_attn for layer in model.model.layers)
+    shared = first.config
+    swap(model, {"model.layers.0.self_attn": Call.exact})
+    assert (first.config._attn_implementation, second.config._attn_implementation) == ("scatterbrain", "sdpa")
+    assert second.config is shared is model.config
+    restore(model)
+    assert first.config is shared
+
+
+def test_a_module_that_asks_its_configuration_for_more_is_swapped_by_class():
+    """What it does beside the attention could change with the name."""
+
+    class Asking(LlamaAttention):
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            assert self.config._attn_implementation == "sdpa"
+            return super().forward(*args, **kwargs)
+
+    model, exact, seen = llama(), llama(), []
+    model.model.layers[0].self_attn.__class__ = Asking
+    names = [site.name for site in find_sites(model, {"input_ids": IDS})]
+    swap(model, dict.fromkeys(names, lambda call: seen.append(call) or call.exact()))
+    torch.testing.assert_close(answer(model, input_ids=IDS), answer(exact, input_ids=IDS))
+    assert len(seen) == 2
+    assert [hasattr(layer.self_attn, "sbpatch_original") for layer in model.model.layers] == [True, False]
 
 
 # ---- decoding
@@ -300,7 +324,7 @@ def test_both_doors_give_the_same(make):
     assert not torch.equal(patched, expected)
     torch.testing.assert_close(answer(ours, input_ids=IDS), patched)
     assert not any(hasattr(type(m), "sbpatch_original") for m in ours.modules())
-    assert any(hasattr(type(m), "sbpatch_original") for m in theirs.modules())
+    assert not any(hasattr(type(m), "sbpatch_original") for m in theirs.modules())
     restore(theirs)
     assert torch.equal(answer(theirs, input_ids=IDS), expected)
 

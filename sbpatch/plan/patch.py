@@ -20,16 +20,19 @@ TENSORS_FILE = "sbpatch.safetensors"
 BASE_FOLDER = "base"  # of a fine-tuned directory: the base model as it was
 
 
-def patch(model: nn.Module, plan: Plan) -> nn.Module:
+def patch(model: nn.Module, plan: Plan, *, graphs: bool = False) -> nn.Module:
     """Replace the attention of the plan's patched sites, in place; returns the model. `unpatch` undoes it exactly.
+
+    graphs: on a CUDA device, replay sites as CUDA graphs from the second call of a shape on. They keep memory for one site's
+        call of each shape, and while one is captured no other thread may wait for the device.
 
     Raises:
         SbpatchError: the plan was made for another model, or the model is patched already.
     """
     first = next(chain(model.parameters(), model.buffers()))  # every model has a tensor
     reach = {site.name: site.reach for site in plan.patched}
-    layers = {name: PatchedSite(name, layer, reach[name]).to(first.device) for name, layer in plan.layers().items()}
-    swap(model, layers)
+    layers = {name: PatchedSite(name, layer, reach[name], graphs) for name, layer in plan.layers().items()}
+    swap(model, {name: site.to(first.device) for name, site in layers.items()})
     return model
 
 

@@ -5,10 +5,16 @@ sbpatch.patch(model, plan)
 
 transformers then hands every attention call to `attention` below, which needs no class swap, and gets k and v before
 their heads are repeated. Masks are made as for "sdpa". A model without a plan is refused, not quietly run exact.
+
+A model that was loaded as usual gets there too: `redirected` gives each module of a patched site a configuration of its own
+that names this implementation.
 """
 
 from __future__ import annotations
 
+import copy
+import dis
+import inspect
 from types import ModuleType
 from typing import Any
 
@@ -63,6 +69,23 @@ def attention(
 def chosen(module: nn.Module) -> bool:
     """Whether transformers runs the module through `attention`."""
     return getattr(getattr(module, "config", None), "_attn_implementation", None) == NAME
+
+
+def redirected(module: nn.Module) -> Any:
+    """The configuration with which a module of transformers runs through `attention`; None where none would make it.
+
+    The module must take the attention function that its configuration names, and ask that name for nothing else.
+    """
+    config = getattr(module, "config", None)
+    if getattr(config, "_attn_implementation", None) != "sdpa" or getattr(config, "sub_configs", None):
+        return None
+    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+    asked = [] if code is None else [step.argval for step in dis.get_instructions(code)]
+    if asked.count("_attn_implementation") != 1 or "get_interface" not in asked:
+        return None
+    own = copy.copy(config)
+    own._attn_implementation = NAME  # type: ignore[union-attr]
+    return own
 
 
 def serves(module: nn.Module) -> bool:

@@ -1,7 +1,8 @@
 """Swap what attention sites compute, reversibly.
 
-A site's module gets a subclass of its class, whose forward runs with its attention call redirected to a replacement. Nothing
-else of the model is copied or rewritten, and its state dict keeps its keys.
+A module of transformers is told by its configuration where its attention is computed (see interface). Any other site's module
+gets a subclass of its class, whose forward runs with its attention call redirected to a replacement. Nothing else of the model
+is copied or rewritten, and its state dict keeps its keys.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ from torch import Tensor, nn
 from ..attention.core import captured
 from ..attention.per_head import Layer, PerHead
 from ..errors import SbpatchError
-from . import interface
+from . import graphs, interface
 from .calls import Call, Redirect
+from .graphs import Replays
 from .products import multiplied_out
 
 
@@ -51,16 +53,18 @@ class PatchedSite(nn.Module):
     A causal site that is called with sequences of 1.5 times the length it was calibrated for, or more, runs a layer that
     reads the same share of the keys, by powers of two of the length (see `Part.longer`). Shorter ones run the layer as it is,
     or exact attention where that reads fewer keys. Sequences longer than `reach`, of a site with a window, are exact: there
-    the site is local, and reads few keys.
+    the site is local, and reads few keys. With `graphs`, calls of a shape that came before are replays on a CUDA device.
     """
 
-    def __init__(self, name: str, layer: Layer | PerHead, reach: int | None = None) -> None:
+    def __init__(self, name: str, layer: Layer | PerHead, reach: int | None = None, graphs: bool = False) -> None:
         super().__init__()
-        self.name, self.layer, self.reach = name, layer, reach
+        self.name, self.layer, self.reach, self.graphs = name, layer, reach, graphs
         self._longer: dict[tuple[int, torch.device], Layer | PerHead] = {}
+        self._replays = Replays()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PatchedSite:
         """Follow the model to another device, but not into half precision: layers read their tables as float32."""
+        self._replays.clear()
         return super()._apply(lambda tensor: tensor.to(fn(tensor).device), recurse)
 
     def layer_for(self, keys: int, device: torch.device) -> Layer | PerHead:
@@ -112,12 +116,19 @@ class PatchedSite(nn.Module):
         if site.causal and call.key_mask is not None and (groups := _alike(call.key_mask)):
             return self._apart(call, groups)
         device = call.query.device.type
-        q, k, v = call.query, call.key, call.value
         if not torch.is_autocast_enabled(device):
-            return layer(q, k, v, key_mask=call.key_mask, scale=call.scale)
+            return self._attend(layer, call)
         kind = torch.get_autocast_dtype(device)  # inputs as autocast gives them to PyTorch's attention, sums in float32
         with torch.autocast(device, enabled=False):
-            return layer(q.to(kind), k.to(kind), v.to(kind), key_mask=call.key_mask, scale=call.scale)
+            q, k, v = (x.to(kind) for x in (call.query, call.key, call.value))
+            return self._attend(layer, replace(call, query=q, key=k, value=v))
+
+    def _attend(self, layer: Layer | PerHead, call: Call) -> Tensor:
+        """The layer's attention, on a CUDA device as a replay where that can be."""
+        inputs = (call.query, call.key, call.value)
+        if self.graphs and call.key_mask is None and graphs.possible(*inputs):
+            return self._replays.attend(layer, *inputs, call.scale)
+        return call.through(layer)
 
     def _apart(self, call: Call, groups: Mapping[tuple[int, int], list[int]]) -> Tensor:
         """Prompts of unequal length, each as if it stood alone: its tiles begin where it begins, and a short one is exact.
@@ -174,6 +185,8 @@ def swap(model: nn.Module, replacements: Mapping[str, Callable[[Call], Tensor]])
         module = modules[name]
         # A module goes through nn.Module's registration, so that it moves with the model; it brings no state dict keys.
         module.sbpatch = replacement
+        if (config := interface.redirected(module)) is not None:
+            _change(module, "config", config)
         if not interface.chosen(module):
             module.__class__ = _patched_class(type(module))  # type: ignore[arg-type]
         if getattr(module, "fused_attn", True) is False:  # timm's switch between one fused call and a softmax by hand
