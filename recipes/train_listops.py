@@ -28,13 +28,11 @@ OPERATORS: dict[str, Callable[[Sequence[int]], int]] = {
     "[MED": lambda values: int(statistics.median(values)),
     "[SM": lambda values: sum(values) % 10,
 }
-SYMBOLS = [*map(str, range(10)), *OPERATORS, "]"]
+DIGITS = tuple(map(str, range(10)))
+SYMBOLS = [*DIGITS, *OPERATORS, "]"]
 PADDING = len(SYMBOLS)
-DEEPEST, ARGUMENTS, NESTED = (
-    10,
-    10,
-    0.25,
-)  # operators within each other, most arguments, share of them that are operators
+DEEPEST, ARGUMENTS = 10, 10  # operators within each other, and most arguments of one
+NESTED = 0.25  # share of the arguments that are operators
 METHODS = ("full", "scatterbrain", "reformer", "performer", "local", "lsh+clusters")
 TESTED = 1000  # expressions
 
@@ -43,28 +41,28 @@ class TooLong(Exception):
     """An expression has more tokens than asked for."""
 
 
-def expression(source: random.Random, most: int, depth: int = 1) -> tuple[list[str], int]:
-    """An operator with its arguments, and its value."""
-    operator = source.choice(list(OPERATORS))
+def expression(draw: Callable[[], float], most: int, depth: int = 1) -> tuple[list[str], int]:
+    """An operator with its arguments, and its value. `draw` gives numbers from 0 to 1."""
+    operator = list(OPERATORS)[int(draw() * len(OPERATORS))]
     symbols, values = [operator], []
-    for _ in range(source.randint(2, ARGUMENTS)):
-        if depth < DEEPEST and source.random() < NESTED:
-            inner, value = expression(source, most - len(symbols) - 1, depth + 1)
+    for _ in range(2 + int(draw() * (ARGUMENTS - 1))):
+        if depth < DEEPEST and draw() < NESTED:
+            inner, value = expression(draw, most - len(symbols) - 1, depth + 1)
+            symbols += inner
         else:
-            value = source.randrange(10)
-            inner = [str(value)]
-        symbols += inner
+            value = int(draw() * 10)
+            symbols.append(DIGITS[value])
         values.append(value)
         if len(symbols) >= most:
             raise TooLong
     return [*symbols, "]"], OPERATORS[operator](values)
 
 
-def of_length(source: random.Random, least: int, most: int) -> tuple[list[str], int]:
+def of_length(draw: Callable[[], float], least: int, most: int) -> tuple[list[str], int]:
     """The first expression drawn that has that many tokens."""
     while True:
         try:
-            symbols, value = expression(source, most)
+            symbols, value = expression(draw, most)
         except TooLong:
             continue
         if len(symbols) >= least:
@@ -74,7 +72,7 @@ def of_length(source: random.Random, least: int, most: int) -> tuple[list[str], 
 def expressions(tokens: int, count: int, generator: torch.Generator) -> Batch:
     """`count` expressions of a quarter of `tokens` at least, padded to `tokens`, and their values."""
     source = random.Random(int(torch.randint(2**62, (), generator=generator)))
-    drawn = [of_length(source, tokens // 4, tokens) for _ in range(count)]
+    drawn = [of_length(source.random, tokens // 4, tokens) for _ in range(count)]
     number = {symbol: i for i, symbol in enumerate(SYMBOLS)}
     rows = torch.full((count, tokens), PADDING)
     for row, (symbols, _) in zip(rows, drawn, strict=True):

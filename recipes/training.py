@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from small_transformer import Answer, Transformer
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset
 
 from sbpatch.attention import Geometry, sized_layer
 from sbpatch.attention.per_head import Exact, Layer
@@ -155,6 +156,17 @@ def probe(model: Transformer, task: Task, size: Settings, methods: Sequence[str]
     return found
 
 
+class Drawn(IterableDataset[Batch]):
+    """Training samples without end, batch after batch."""
+
+    def __init__(self, task: Task, batch: int, generator: torch.Generator) -> None:
+        self.task, self.batch, self.generator = task, batch, generator
+
+    def __iter__(self) -> Iterator[Batch]:
+        while True:
+            yield self.task.draw(self.batch, self.generator)
+
+
 def train(
     task: Task, size: Settings, method: str, seed: int, probed: Sequence[str], device: torch.device
 ) -> dict[str, Any]:
@@ -163,14 +175,16 @@ def train(
     layers = [attention(method, geometry(task, size), size.entries, seed + i) for i in range(size.depth)]
     model = Transformer(task.vocabulary, task.classes, size.width, layers, task.answer, size.base).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=size.lr, weight_decay=0.0, betas=(0.9, 0.98))
-    generator = torch.Generator().manual_seed(seed + 1)
+    drawn = Drawn(task, size.batch, torch.Generator().manual_seed(seed + 1))
+    ahead = device.type != "cpu"  # another process draws samples while the device computes
+    batches = iter(DataLoader(drawn, batch_size=None, num_workers=int(ahead), prefetch_factor=8 if ahead else None))
     warm_up, every = max(size.steps // 20, 1), max(size.steps // PROBES, 1)
     losses: list[float] = []
     course: list[dict[str, Any]] = []
     seconds = 0.0
     for step in range(1, size.steps + 1):
         began = time.process_time()
-        batch = task.draw(size.batch, generator).to(device)
+        batch = next(batches).to(device)
         for group in optimizer.param_groups:
             group["lr"] = size.lr * min(step / warm_up, 1.0, 4 - 4 * step / size.steps)  # falls in the last quarter
         loss = loss_of(model(batch.tokens, batch.real), batch.targets)
