@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from functools import lru_cache
-
-HALVINGS = 60  # of the interval that the common factor is sought in
 
 
 @lru_cache(maxsize=64)  # all layers of a step ask for the same
@@ -18,8 +17,14 @@ def shared_out(weights: Sequence[float], mean: int, least: int, most: int) -> tu
     def read(factor: float) -> list[float]:
         return [min(max(factor * weight, least), most) for weight in weights]
 
-    low, high = 0.0, most / min(weights)
-    for _ in range(HALVINGS):
-        middle = (low + high) / 2
-        low, high = (middle, high) if sum(read(middle)) <= mean * len(weights) else (low, middle)
-    return tuple(int(tokens + 1e-6) for tokens in read(low))  # whole ones, but for rounding
+    def together(factor: float) -> float:
+        return sum(read(factor))
+
+    # What all read grows with the factor, on a straight line from where one layer reaches a bound to where the next one does.
+    total = mean * len(weights)
+    factors = sorted(bound / weight for weight in weights for bound in (least, most))
+    after = bisect_right(factors, total, key=together)
+    low, high = factors[max(after - 1, 0)], factors[min(after, len(factors) - 1)]
+    at, to = together(low), together(high)
+    factor = low + (high - low) * (total - at) / (to - at) if to > at else low
+    return tuple(int(tokens + 1e-6) for tokens in read(factor))  # whole ones, but for rounding
