@@ -21,7 +21,7 @@ def shared_out(weights: Sequence[float], mean: int, least: int, most: int) -> tu
         return sum(read(factor))
 
     # What all read grows with the factor, on a straight line from where one layer reaches a bound to where the next one does.
-    total = mean * len(weights)
+    total = float(mean * len(weights))
     factors = sorted(bound / weight for weight in weights for bound in (least, most))
     after = bisect_right(factors, total, key=together)
     low, high = factors[max(after - 1, 0)], factors[min(after, len(factors) - 1)]
