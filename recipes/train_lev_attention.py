@@ -13,6 +13,7 @@ goes on from them.
 from __future__ import annotations
 
 import argparse
+import itertools
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -41,6 +42,8 @@ from sbpatch.sites.swap import PatchedSite, swapped
 
 SIDE, PATCH, CLASSES = 28, 2, 10  # squares of 28 px of images of 32: 14 x 14 tokens and a class token, 197
 WIDTH, DEPTH, HEADS = 128, 4, 4
+STEMS = ("patches", "convolutions")
+STEM = (3, 32, 64)  # channels before the first convolution, and after each
 KEYS = (64, 32)  # that each head reads, of 197
 STEPS, BATCH, WARM_UP = 6000, 64, 300  # about 8 epochs of 50,000 images
 RATE, WEIGHT_DECAY, SMOOTHING = 1e-3, 0.05, 0.1
@@ -87,11 +90,18 @@ def augmented(pixels: Tensor, generator: torch.Generator) -> Tensor:
     return normalised(pixels[sample, :, row[:, :, None], column[:, None, :]].permute(0, 3, 1, 2))
 
 
-def fresh_model(seed: int) -> VisionTransformer:
+def fresh_model(seed: int, stem: str = STEMS[0]) -> VisionTransformer:
+    """A token of a model with a stem of convolutions knows the 6 x 6 pixels around it before any attention."""
     torch.manual_seed(seed)
-    return VisionTransformer(
+    model = VisionTransformer(
         SIDE, PATCH, num_classes=CLASSES, embed_dim=WIDTH, depth=DEPTH, num_heads=HEADS, mlp_ratio=2.0
     )
+    if stem == "convolutions":
+        layers: list[nn.Module] = []
+        for before, after in itertools.pairwise(STEM):
+            layers += [nn.Conv2d(before, after, 3, padding=1), nn.GELU()]
+        model.patch_embed.proj = nn.Sequential(*layers, nn.Conv2d(STEM[-1], WIDTH, PATCH, PATCH))
+    return model
 
 
 def sites() -> tuple[list[str], Geometry]:
@@ -168,7 +178,7 @@ def batches(count: int, batch: int, start: int, steps: int, seed: int) -> Iterat
 
 def train(keys: int | None, data: Images, watched: Images, state: Path, args: argparse.Namespace) -> dict[str, Any]:
     """Train one model, or go on with it; what `state` holds at the end is returned."""
-    model = fresh_model(args.seed).to(args.device)
+    model = fresh_model(args.seed, args.stem).to(args.device)
     decayed = [p for p in model.parameters() if p.ndim > 1]
     groups = [
         {"params": decayed, "weight_decay": WEIGHT_DECAY},
@@ -226,12 +236,18 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     (n,) = {sites()[1].tokens}
     named = {None: f"all {n} keys"} | {keys: f"{keys} keys" for keys in KEYS}
     rows: list[dict[str, Any]] = []
-    result: dict[str, Any] = {"steps": args.steps, "batch": args.batch, "seed": args.seed, "versions": versions()}
+    result: dict[str, Any] = {
+        "stem": args.stem,
+        "steps": args.steps,
+        "batch": args.batch,
+        "seed": args.seed,
+        "versions": versions(),
+    }
     result |= {"device": device_name(args.device.type)}
     result |= {"train": len(data.labels), "test": len(test.labels), "heavy": HEAVY, "minutes": {}}
     for keys, name in named.items():
         found = train(keys, data, test.first(WATCHED), args.output / f"{name.replace(' ', '-')}.pt", args)
-        model = fresh_model(args.seed).to(args.device)
+        model = fresh_model(args.seed, args.stem).to(args.device)
         model.load_state_dict(found["model"])
         result["minutes"][name] = found["seconds"] / 60
         if keys is None:
@@ -248,6 +264,9 @@ def main() -> None:
     parser.add_argument("--data-dir", type=Path, help="of cifar10-train.parquet and cifar10-test.parquet")
     parser.add_argument(
         "-o", "--output", type=Path, default=Path("lev-attention"), help="states; and .md and .json beside it"
+    )
+    parser.add_argument(
+        "--stem", choices=STEMS, default=STEMS[0], help="what makes tokens of pixels (default: patches)"
     )
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--batch", type=int, default=BATCH)

@@ -97,9 +97,10 @@ def test_a_stopped_training_goes_on_alike(
         assert all(torch.equal(one[key], other[key]) for key in one)
 
 
-def test_restricted_heads_read_the_keys_of_largest_score_alone(lev: ModuleType) -> None:
+@pytest.mark.parametrize("stem", ["patches", "convolutions"])
+def test_restricted_heads_read_the_keys_of_largest_score_alone(lev: ModuleType, stem: str) -> None:
     """With gradients: keys that are not in the set get none from the attention."""
-    model = lev.fresh_model(0).eval()
+    model = lev.fresh_model(0, stem).eval()
     names, geometry = lev.sites()
     assert [name for name, m in model.named_modules() if type(m).__name__ == "Attention"] == names
     x = torch.randn(2, 3, lev.SIDE, lev.SIDE)
