@@ -97,6 +97,7 @@ def fresh_model(seed: int, stem: str = STEMS[0]) -> VisionTransformer:
         SIDE, PATCH, num_classes=CLASSES, embed_dim=WIDTH, depth=DEPTH, num_heads=HEADS, mlp_ratio=2.0
     )
     if stem == "convolutions":
+        torch.manual_seed(seed + 1)  # the other weights are those of the model without
         layers: list[nn.Module] = []
         for before, after in itertools.pairwise(STEM):
             layers += [nn.Conv2d(before, after, 3, padding=1), nn.GELU()]
