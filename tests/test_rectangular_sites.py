@@ -304,7 +304,7 @@ def test_bench_measures_the_call_as_it_is() -> None:
 
 
 @pytest.mark.slow
-def test_every_command_runs_on_pooled_keys(tmp_path: Path) -> None:
+def test_every_command_runs_on_pooled_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """PVT v2 with random weights, 1,024 queries against 256 keys in stage 1."""
     folder, data = tmp_path / "pvt", tmp_path / "images"
     change = {"depths": [1, 1, 1, 1], "sr_ratios": [2, 2, 1, 1]}
@@ -327,10 +327,11 @@ def test_every_command_runs_on_pooled_keys(tmp_path: Path) -> None:
         Image.frombytes("RGB", (32, 32), torch.randint(256, (3072,), dtype=torch.uint8).numpy().tobytes()).save(path)
     source = ["--data", str(data)]
     plan, out = tmp_path / "inspect.json", tmp_path / "patched"
-    assert command("inspect", str(folder), "--json", str(plan), "--quiet") == 0
+    with monkeypatch.context() as slow:  # whether a patch pays at so few keys depends on the machine
+        slow.setattr(CostTable, "exact_ms", lambda self, site: 1e3)
+        assert command("inspect", str(folder), "--json", str(plan), "--quiet") == 0
     site = json.loads(plan.read_text())["sites"][0]
-    assert (site["queries"], site["tokens"]) == (1024, 256)
-    assert site["decision"] == "patch" or "the fastest patch" in site["reason"]  # which depends on the machine
+    assert (site["queries"], site["tokens"], site["decision"]) == (1024, 256, "patch")
     asked = ["--samples", "4", "--budget", "0.1", "--keep-slow", "--quiet"]
     assert command("calibrate", str(folder), "-o", str(out), *source, *asked) == 0
     read = Plan.read(out / PLAN_FILE)

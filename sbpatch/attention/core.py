@@ -152,6 +152,12 @@ def query_mask(q: Tensor, key_mask: Tensor | None, k: Tensor) -> Tensor | None:
     return key_mask if q.shape[-2] == k.shape[-2] else None
 
 
+def output_of(q: Tensor, v: Tensor) -> Tensor:
+    """(B, H, n, e) without values for queries (B, H, n, d) and values (..., e), laid out as by SDPA."""
+    batch, heads, n, _ = q.shape
+    return v.new_empty(batch, n, heads, v.shape[-1]).transpose(1, 2)
+
+
 def repeated(x: Tensor, heads: int) -> Tensor:
     """Keys or values (B, H_k, n, d) with `heads` heads, each one's repeated for the run of query heads that share it."""
     return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], 1)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import SbpatchError
-from .core import captured, with_heads
+from .core import captured, output_of, with_heads
 from .masks import allowed
 from .registry import Geometry
 from .scatterbrain import Scatterbrain
@@ -96,8 +96,7 @@ class PerHead(nn.Module):
     ) -> Tensor:
         """As `Scatterbrain`: q (B, H, n, d), k and v of H or fewer heads, key_mask (B, n) bool -> (B, H, n, e)."""
         k, v = (with_heads(x, self.site.heads // self.site.group) for x in (k, v))
-        (batch, heads, n, _), width = q.shape, v.shape[-1]
-        out = v.new_empty(batch, n, heads, width).transpose(1, 2)  # as SDPA lays it out
+        out = output_of(q, v)
         with _side_by_side(q.device, len(self.layers)) as places:
             for i, (layer, place) in enumerate(zip(self.layers, places, strict=True)):
                 mine, keys = self._index(i)

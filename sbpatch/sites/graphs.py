@@ -17,7 +17,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
-from ..attention.core import captured
+from ..attention.core import captured, output_of
 from ..attention.per_head import Layer, PerHead
 from ..measure import without_launches
 
@@ -37,9 +37,12 @@ class Place:
     @classmethod
     def like(cls, q: Tensor, k: Tensor, v: Tensor) -> Place:
         with torch.inference_mode(False):  # else only calls in inference mode could write to them
-            output = q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[-1]).transpose(1, 2)  # as by SDPA
             pool = torch.cuda.graph_pool_handle() if q.is_cuda else None
-            return cls(tuple(torch.empty_like(x) for x in (q, k, v)), output, pool)
+            return cls(tuple(torch.empty_like(x) for x in (q, k, v)), output_of(q, v), pool)
+
+    def fill(self, *inputs: Tensor) -> None:
+        for mine, given in zip(self.inputs, inputs, strict=True):
+            mine.copy_(given)
 
 
 @dataclass
@@ -59,8 +62,7 @@ class Graph:
 
     @torch.no_grad()
     def __call__(self, *inputs: Tensor) -> Tensor:
-        for mine, given in zip(self.place.inputs, inputs, strict=True):
-            mine.copy_(given)
+        self.place.fill(*inputs)
         self.run()
         return self.place.output.clone()
 
@@ -91,8 +93,7 @@ class Replays:
             if known and graph is None:
                 if (place := _places.get(shape)) is None:
                     _places[shape] = place = Place.like(q, k, v)
-                for mine, given in zip(place.inputs, (q, k, v), strict=True):
-                    mine.copy_(given)
+                place.fill(q, k, v)
                 graph = Graph.of(layer, place, scale)
             self._graphs[key] = graph
             self._graphs.move_to_end(key)

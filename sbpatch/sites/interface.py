@@ -15,6 +15,8 @@ from __future__ import annotations
 import copy
 import dis
 import inspect
+from collections.abc import Callable
+from functools import cache
 from types import ModuleType
 from typing import Any
 
@@ -72,20 +74,22 @@ def chosen(module: nn.Module) -> bool:
 
 
 def redirected(module: nn.Module) -> Any:
-    """The configuration with which a module of transformers runs through `attention`; None where none would make it.
-
-    The module must take the attention function that its configuration names, and ask that name for nothing else.
-    """
+    """The configuration with which a module of transformers runs through `attention`; None where none would make it."""
     config = getattr(module, "config", None)
-    if getattr(config, "_attn_implementation", None) != "sdpa" or getattr(config, "sub_configs", None):
-        return None
-    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
-    asked = [] if code is None else [step.argval for step in dis.get_instructions(code)]
-    if asked.count("_attn_implementation") != 1 or "get_interface" not in asked:
+    plain = getattr(config, "_attn_implementation", None) == "sdpa" and not getattr(config, "sub_configs", None)
+    if not plain or not _looks_up(type(module).forward):
         return None
     own = copy.copy(config)
     own._attn_implementation = NAME  # type: ignore[union-attr]
     return own
+
+
+@cache
+def _looks_up(forward: Callable[..., Any]) -> bool:
+    """Whether it takes the attention function that a module's configuration names, and asks that name for nothing else."""
+    code = getattr(inspect.unwrap(forward), "__code__", None)
+    asked = [] if code is None else [step.argval for step in dis.get_instructions(code)]
+    return asked.count("_attn_implementation") == 1 and "get_interface" in asked
 
 
 def serves(module: nn.Module) -> bool:

@@ -51,12 +51,6 @@ def plain_rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 and x.shape[2] * x.stride(2) < 2**31 else x.contiguous()
 
 
-def output_of(q: Tensor, v: Tensor) -> Tensor:
-    """(B, H, n, e) without values for queries (B, H, n, d) and values (..., e), laid out as by SDPA."""
-    batch, heads, n, _ = q.shape
-    return v.new_empty(batch, n, heads, v.shape[-1]).transpose(1, 2)
-
-
 def operator(
     name: str, fake: Callable[..., Any], plain: Callable[..., Any] | None
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

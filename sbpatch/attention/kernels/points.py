@@ -11,8 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..core import output_of
 from . import plain, rows
-from .common import LOG2_E, operator, output_of, padded, plain_rows, precision, product
+from .common import LOG2_E, operator, padded, plain_rows, precision, product
 
 PROGRAMS = 792  # about: six for each multiprocessor
 ROWS = 64  # queries of a tile

@@ -17,8 +17,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..core import output_of
 from . import plain
-from .common import LOG2_E, online, operator, output_of, padded, plain_rows, precision, product
+from .common import LOG2_E, online, operator, padded, plain_rows, precision, product
 
 
 @triton.jit
