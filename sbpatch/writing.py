@@ -210,10 +210,14 @@ def _scratch(place: Path) -> Iterator[Path]:
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield scratch
     finally:
-        if scratch is not None:
-            shutil.rmtree(scratch, ignore_errors=True)
-        if lock >= 0:
-            os.close(lock)
+        try:
+            if scratch is not None:
+                shutil.rmtree(scratch, ignore_errors=True)
+        finally:  # once more, for a signal may have cut that short
+            if scratch is not None:
+                shutil.rmtree(scratch, ignore_errors=True)
+            if lock >= 0:
+                os.close(lock)
 
 
 def _remove_unlocked(folder: Path) -> None:

@@ -16,6 +16,7 @@ from transformers_coverage import FAMILIES, plan_on
 
 import sbpatch
 from sbpatch.data.batch import run
+from sbpatch.interrupts import Stopped, raising
 from sbpatch.models.load import load_checkpoint
 from sbpatch.plan import artifact
 from sbpatch.plan.plan import PLAN_FILE
@@ -75,6 +76,30 @@ def test_exception_leaves_the_old_one_and_nothing_else(old, tmp_path, error):
             fails(target)
         assert contents(tmp_path) == before
         assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
+
+
+@pytest.mark.parametrize("call", [1, 2])
+def test_a_signal_while_the_old_one_is_removed(old, tmp_path, monkeypatch, call):
+    """The new one is in its place by then, and no hidden folder stays beside it."""
+    calls = []
+
+    def remove(*args: object, **kwargs: object) -> None:
+        os_rmdir(*args, **kwargs)
+        calls.append(args)
+        if len(calls) == call:
+            signal.raise_signal(signal.SIGINT)
+
+    os_rmdir = os.rmdir
+    monkeypatch.setattr(os, "rmdir", remove)
+
+    def writes() -> None:
+        with written_whole(old) as fresh:
+            write_files(fresh)
+
+    with pytest.raises(Stopped), raising():
+        writes()
+    assert contents(tmp_path) == {f"out/{PLAN_FILE}": b"new plan"}
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
 
 
 KILLED = """

@@ -153,7 +153,8 @@ def gguf() -> bytes:
     """A tiny Llama, as llama.cpp's converter writes one."""
     import gguf as library
 
-    vocabulary = [*list(words().get_vocab())[:-2], "w", "0"]
+    numbers = words().get_vocab()
+    vocabulary = [*sorted(numbers, key=lambda word: numbers[word])[:-2], "w", "0"]
     model = llama(num_hidden_layers=1)
     path = Path("made.gguf")
     writer = library.GGUFWriter(path, "llama")
