@@ -6,7 +6,7 @@ from types import ModuleType
 
 from torch import Tensor
 
-from . import fused, kernels, pairwise
+from . import fused, kernels, pairwise, stretches
 from .core import Expansion, Landmarks, Points, Selection
 
 
@@ -38,10 +38,13 @@ def attend(
     if isinstance(low, Landmarks):
         return fused.over_landmarks(q, v, low)
     form: ModuleType = fused
+    over_blocks = stretches.over_blocks
     if kernels.chosen(q) and kernels.chosen(v):
         from .kernels import forms as form
+
+        over_blocks = form.over_blocks
     if isinstance(low, Expansion):
-        return form.over_blocks(q, k, v, low, scale, gain)
+        return over_blocks(q, k, v, low, scale, gain)
     simple = low is None or (
         isinstance(low, Points) and low.ready is None
     )  # else what a row may read differs in a tile

@@ -9,7 +9,7 @@ gathered for them, (L + m) (d + e) elements a tile, stays in cache.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -93,7 +93,9 @@ def over_tiles(
     )  # as SDPA lays it out; the last row is for padding slots
     if tiles.key.ndim > 2:  # else each run would copy all of them, where the model has them in another order
         k, v = k.contiguous(), v.contiguous()
-    runs = list(_runs(tiles, low, key_heads))
+    many, keys = tiles.key.shape[-2:]
+    counts = low.past if isinstance(low, Expansion) else (0 if low is None else low.key.shape[2],) * many
+    runs = list(runs_of_tiles(keys, counts, key_heads))
     expanded = expansion.points_by_run(low, runs) if isinstance(low, Expansion) else None
     for run, _ in runs:
         part = tiles._replace(
@@ -107,17 +109,11 @@ def over_tiles(
         key, value, bias = (x.flatten(0, 2)[:, None] for x in (key, value, bias))
         if causal:
             bias = _without_future(bias, part)
-        found = _call(_rows(q, part.query, group), key, value, bias.to(q.dtype), scale)
+        found = call(_rows(q, part.query, group), key, value, bias.to(q.dtype), scale)
         del key, value, bias  # each run's tensors go before the next ones come
         _put(out, place[..., run, :], found.unflatten(0, (batch, key_heads, -1)))
         del found
     return out[:, :, :n]
-
-
-def over_blocks(q: Tensor, k: Tensor, v: Tensor, low: Expansion, scale: float, gain: Tensor | None) -> Tensor:
-    """Attention of tiles over the keys and points that an expansion gives them; arguments as `attend`."""
-    tiles, points = expansion.listed(low, k.shape[2]), low if low.key.shape[2] else None
-    return over_tiles(q, k, v, tiles, points, scale, low.key_mask, True, gain)
 
 
 def _rows(q: Tensor, query: Tensor, group: int) -> Tensor:
@@ -136,7 +132,7 @@ def _put(out: Tensor, place: Tensor, found: Tensor) -> None:
         out.scatter_(2, index, found)
 
 
-def _call(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scale: float) -> Tensor:
+def call(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scale: float) -> Tensor:
     """One fused call: query (N, group, g, d), key and value (N, 1, L, d or e), bias (N, 1, 1 or g, L) -> (N, group, g, e).
 
     A row whose every key is hidden gives zeros. In exported files, whose softmax makes NaN of it, that is written out.
@@ -150,16 +146,14 @@ def _call(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scale: float)
     return found * (bias.amax(-1, keepdim=True) > hidden) if exported else found
 
 
-def _runs(tiles: Tiles, low: Points | Expansion | None, heads: int) -> Iterator[tuple[slice, int]]:
-    """Consecutive tiles for one call, and how many points it has to hold."""
-    many, keys = tiles.key.shape[-2:]
-    counts = low.past if isinstance(low, Expansion) else (0 if low is None else low.key.shape[2],) * many
-    start = 0
+def runs_of_tiles(keys: int, points: Sequence[int], heads: int) -> Iterator[tuple[slice, int]]:
+    """Consecutive tiles for one call, and how many points it has to hold: each reads so many keys and its points."""
+    start, many = 0, len(points)
     for stop in range(1, many + 1):
-        longer = keys + counts[min(stop, many - 1)]  # counts never fall
-        if stop < many and heads * (stop + 1 - start) * longer <= ROWS and longer <= UNEVEN * (keys + counts[start]):
+        longer = keys + points[min(stop, many - 1)]  # they never fall
+        if stop < many and heads * (stop + 1 - start) * longer <= ROWS and longer <= UNEVEN * (keys + points[start]):
             continue
-        yield slice(start, stop), counts[stop - 1]
+        yield slice(start, stop), points[stop - 1]
         start = stop
 
 
