@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from types import ModuleType
 
+import torch
 from torch import Tensor
 
-from . import fused, kernels, pairwise, stretches
-from .core import Expansion, Landmarks, Points, Selection
+from . import fused, kernels, pairwise
+from .core import Expansion, Landmarks, Points, Selection, Stretches
+from .patterns import listed
+from .stretches import over_stretches
 
 
 def attend(
@@ -34,17 +37,20 @@ def attend(
     Returns:
         (B, H, n_q, e) in v's dtype; zeros for a query that no real key is left for.
     """
-    tiles, low = selection
+    selected, low = selection
     if isinstance(low, Landmarks):
         return fused.over_landmarks(q, v, low)
     form: ModuleType = fused
-    over_blocks = stretches.over_blocks
     if kernels.chosen(q) and kernels.chosen(v):
         from .kernels import forms as form
-
-        over_blocks = form.over_blocks
+    whole = form is fused and not torch.compiler.is_exporting()  # files hold the form that more runtimes read
     if isinstance(low, Expansion):
-        return over_blocks(q, k, v, low, scale, gain)
+        if whole:
+            return over_stretches(q, k, v, low.read, low, scale, key_mask, gain)
+        return form.over_blocks(q, k, v, low, scale, gain)
+    if whole and low is None and len(selected) == 1 and isinstance(selected[0], Stretches):
+        return over_stretches(q, k, v, selected[0], None, scale, key_mask, None)
+    tiles = [listed(one, k.shape[2]) if isinstance(one, Stretches) else one for one in selected]
     simple = low is None or (
         isinstance(low, Points) and low.ready is None
     )  # else what a row may read differs in a tile

@@ -8,6 +8,7 @@ call computes many tiles (fused.py). Everything else goes pair by pair (pairwise
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -30,6 +31,20 @@ class Tiles(NamedTuple):
     def shared(self) -> bool:
         """Whether every query of a tile reads the same keys, the future apart."""
         return self.valid.shape[-2] == 1
+
+
+class Stretches(NamedTuple):
+    """Causal: tiles of `tile` queries that read themselves, the `near` keys before them, the `first` tokens, and chosen blocks.
+
+    The sequence has so many `blocks` of `block` keys, of which a tile chooses from those before its near keys.
+    """
+
+    chosen: Tensor  # (B, H, T, p) int64; `blocks`: none
+    blocks: int
+    block: int
+    tile: int
+    near: int
+    first: int
 
 
 class Points(NamedTuple):
@@ -57,6 +72,11 @@ class Expansion(NamedTuple):
     near: int
     first: int
     key_mask: Tensor | None  # (B, n) bool, True for real keys
+
+    @property
+    def read(self) -> Stretches:
+        """What its tiles read key by key."""
+        return Stretches(self.exact, self.key.shape[2], self.key.shape[3], self.tile, self.near, self.first)
 
     @property
     def past(self) -> tuple[int, ...]:
@@ -110,7 +130,7 @@ LowRankData = Points | Expansion | Features | Factors | Landmarks
 class Selection(NamedTuple):
     """What the queries of a call read: exact keys, round by round, and what stands for the other keys."""
 
-    tiles: list[Tiles]
+    tiles: Sequence[Tiles | Stretches]
     low_rank: LowRankData | None
 
 

@@ -13,17 +13,10 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from .core import Expansion, Tiles
-from .patterns import lists_of_past
+from .core import Expansion
 
 AHEAD = 16  # tiles whose points are computed together
 LEAST = -200.0  # ln p below which a key adds nothing to the entropy, not even its gradient
-
-
-def listed(low: Expansion, n: int) -> Tiles:
-    """Lists of keys: the tile itself, near keys, first tokens, and the blocks `exact`."""
-    count, block = low.key.shape[2:4]
-    return lists_of_past(low.tile, low.near, low.first, low.exact, count, block, n)
 
 
 def points_by_run(low: Expansion, runs: Sequence[tuple[slice, int]]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:

@@ -18,6 +18,7 @@ from torch import Tensor
 from . import expansion
 from .core import Expansion, Landmarks, Points, Tiles, known_at_once, places, repeated, take
 from .kmeans import added, runs, sums
+from .patterns import listed
 
 ROWS = 1 << 12  # keys and points that the tiles of one call read together, of one sample
 UNEVEN = 1.25  # lists of one call are padded to the longest, which is at most so many times the shortest
@@ -114,6 +115,12 @@ def over_tiles(
         _put(out, place[..., run, :], found.unflatten(0, (batch, key_heads, -1)))
         del found
     return out[:, :, :n]
+
+
+def over_blocks(q: Tensor, k: Tensor, v: Tensor, low: Expansion, scale: float, gain: Tensor | None) -> Tensor:
+    """Attention of tiles over the keys and points that an expansion gives them; arguments as `attend`."""
+    points = low if low.key.shape[2] else None
+    return over_tiles(q, k, v, listed(low.read, k.shape[2]), points, scale, low.key_mask, True, gain)
 
 
 def _rows(q: Tensor, query: Tensor, group: int) -> Tensor:

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import SbpatchError
-from .core import Tiles
-from .patterns import lists_of_past, wider
+from .core import Stretches
+from .patterns import wider
 from .registry import Geometry, Sparse, register
 
 
@@ -87,12 +87,12 @@ class Pages(Sparse):
         best, index = score.topk(min(self.pages, len(page)), dim=-1)
         return index, best > -torch.inf
 
-    def select(self, q: Tensor, k: Tensor, key_mask: Tensor | None, scale: float) -> list[Tiles]:
+    def select(self, q: Tensor, k: Tensor, key_mask: Tensor | None, scale: float) -> list[Stretches]:
         n = q.shape[-2]
         index, good = self._best(q.detach().float(), k.detach().float(), key_mask)
         count = -(-n // self.PAGE)
         chosen = index.masked_fill(~good, count)
-        return [lists_of_past(self.tile, self.window - 1, self.first, chosen, count, self.PAGE, n)]
+        return [Stretches(chosen, count, self.PAGE, self.tile, self.window - 1, self.first)]
 
     def dense(self, q: Tensor, k: Tensor, key_mask: Tensor | None) -> Tensor:
         """Row by row: the first tokens, from the start of the run's window to the row, and the run's pages."""

@@ -15,7 +15,20 @@ import torch
 from torch import Tensor
 
 from . import expansion
-from .core import Expansion, Features, Landmarks, LowRankData, Points, Selection, Tiles, repeated, restore, take
+from .core import (
+    Expansion,
+    Features,
+    Landmarks,
+    LowRankData,
+    Points,
+    Selection,
+    Stretches,
+    Tiles,
+    repeated,
+    restore,
+    take,
+)  # fmt: skip
+from .patterns import listed
 
 Sums = tuple[
     Tensor, Tensor, Tensor
@@ -53,7 +66,8 @@ def split(
     summary = None if low_rank is None or expanded is not None else _summary(low_rank, q, v, scale, causal)
     exact: Sums | None = None
     covered: tuple[Tensor, Tensor] | None = None
-    rounds = selection.tiles if expanded is None else [expansion.listed(expanded, k.shape[2])]
+    read = selection.tiles if expanded is None else [expanded.read]
+    rounds = [listed(one, k.shape[2]) if isinstance(one, Stretches) else one for one in read]
     for tiles in rounds:
         parts = [
             _tile_sums(part, q, k, v, key_mask, causal, None if naive else summary)

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from .core import Tiles
+from .core import Stretches, Tiles
 
 BLOCK = 128  # queries of a tile that share a list of keys
 UNIT = 2**31  # places along a sequence are integers over this: exact, and no dtype of the model rounds them
@@ -19,11 +19,9 @@ def blocks(count: int, size: int, n: int, device: torch.device) -> tuple[Tensor,
     return position.clamp(max=n - 1).view(count, size), position[:n]
 
 
-def lists_of_past(tile: int, near: int, first: int, chosen: Tensor, count: int, block: int, n: int) -> Tiles:
-    """Causal tiles of `tile` queries: the tile itself, the `near` keys before it, the `first` tokens, and chosen stretches.
-
-    chosen (B, H, T, p) int64: which of `count` stretches of `block` keys, each before the near keys; `count` is none.
-    """
+def listed(read: Stretches, n: int) -> Tiles:
+    """The same as lists of single keys, of a sequence of n tokens."""
+    chosen, count, block, tile, near, first = read
     device = chosen.device
     query, place = blocks(chosen.shape[2], tile, n, device)
     start = query[:, :1]  # (T, 1)

@@ -10,14 +10,14 @@ joined, one that is no such sum as whole; both stand alone. docs/adding-a-method
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, TypeVar
 
 from torch import Tensor, nn
 
 from ..errors import SbpatchError
-from .core import LowRankData, Selection, Tiles
+from .core import LowRankData, Selection, Stretches, Tiles
 
 
 @dataclass(frozen=True)
@@ -131,8 +131,8 @@ class Sparse(Part):
 
     kind = "sparse"
 
-    def select(self, q: Tensor, k: Tensor, key_mask: Tensor | None, scale: float) -> list[Tiles]:
-        """The support in rounds of tiles, each pair once."""
+    def select(self, q: Tensor, k: Tensor, key_mask: Tensor | None, scale: float) -> Sequence[Tiles | Stretches]:
+        """The support in rounds of tiles, each pair once; stretches are a round alone."""
         raise NotImplementedError
 
 

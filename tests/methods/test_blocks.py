@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sbpatch.attention import PARTS, Geometry, Scatterbrain, pairwise
+from sbpatch.attention import PARTS, Geometry, Scatterbrain, fused, pairwise
+from sbpatch.attention.core import with_heads
 from sbpatch.attention.reference import exact_matrix, scatterbrain_matrix
 from sbpatch.errors import SbpatchError
 
@@ -62,6 +63,9 @@ def test_fast_general_and_dense_forms_agree(
     found = layer(q, k, v, mask, 0.5)
     general = pairwise.merged(*layer.split(q, k, v, mask, 0.5), layer.gain)
     torch.testing.assert_close(found, general, atol=2e-5, rtol=1e-4)
+    keys = [with_heads(x, layer.key_heads) for x in (k, v)]
+    low = layer.low_rank.select(q, *keys, mask, 0.5).low_rank
+    torch.testing.assert_close(found, fused.over_blocks(q, *keys, low, 0.5, layer.gain), atol=5e-6, rtol=5e-6)
     torch.testing.assert_close(found.double(), defined(layer, q, k, v, 0.5, mask), atol=2e-5, rtol=1e-4)
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import expansion
 from ..core import Expansion, Points, Tiles, places, take
 from ..fused import hiding, remainder
+from ..patterns import listed
 from .blocks import block_points
 from .points import attend_points
 from .rows import attend_blocks, fits
@@ -25,7 +25,7 @@ def over_blocks(q: Tensor, k: Tensor, v: Tensor, low: Expansion, scale: float, g
         return attend_blocks(
             q, k, v, low.key_mask, low.exact, *points, gain, scale, low.tile, low.near, low.first, block
         )
-    tiles, bias = expansion.listed(low, k.shape[2]), points[2] if gain is None else points[2] + gain[:, None, None]
+    tiles, bias = listed(low.read, k.shape[2]), points[2] if gain is None else points[2] + gain[:, None, None]
     return attend_tiles(
         q,
         k,

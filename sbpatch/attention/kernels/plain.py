@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .. import expansion
 from ..core import Expansion, places, repeated, take
+from ..patterns import listed
 
 LOWEST = torch.finfo(torch.float32).min
 
@@ -75,7 +76,7 @@ def attend_blocks(
     low = Expansion(
         key, value, exact, exact, tile, near, first, mask
     )  # where the tiles' queries lie, lists do not need
-    tiles = expansion.listed(low, n)
+    tiles = listed(low.read, n)
     bias = point_bias if gain is None else point_bias + gain[:, None, None]
     return attend_tiles(
         q, k, v, tiles.query, places(tiles), tiles.key, tiles.valid, mask, point_key, point_value, bias, low.counts(),
