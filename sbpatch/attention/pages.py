@@ -112,10 +112,9 @@ class Pages(Sparse):
 
 def _means(x: Tensor, size: int, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """Means over runs of `size` tokens, padding left out: (B, H, G, d), and how many there were, (B or 1, 1, G, 1)."""
-    n = x.shape[-2]
-    real = torch.ones(1, n, device=x.device) if mask is None else mask.to(x.dtype)
-    real = real[:, None, :, None]
-    pad = (0, 0, 0, -n % size)
-    count = nn.functional.pad(real, pad).unflatten(2, (-1, size)).sum(3)
-    total = nn.functional.pad(x * real, pad).unflatten(2, (-1, size)).sum(3)
-    return total / count.clamp(min=1), count
+    over = -x.shape[-2] % size
+    real = x.new_ones(1, x.shape[-2]) if mask is None else mask.to(x.dtype)
+    count = nn.functional.pad(real, (0, over)).unflatten(1, (-1, size)).sum(2)[:, None, :, None]
+    x = x if mask is None else x * real[:, None, :, None]
+    x = nn.functional.pad(x, (0, 0, 0, over)) if over else x  # without need it would copy
+    return x.unflatten(2, (-1, size)).sum(3) / count.clamp(min=1), count
