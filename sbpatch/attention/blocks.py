@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..errors import SbpatchError
 from . import kernels
-from .core import Expansion, Selection, repeated
+from .core import Expansion, Selection, lengthened, repeated
 from .patterns import wider
 from .registry import Geometry, Joined, register
 
@@ -141,8 +141,7 @@ class Blocks(Joined):
             q = q * key_mask[:, None, :, None]
         over = -n % self.tile
         real = (q.new_ones(1, n) if key_mask is None else key_mask).float()
-        whole = F.pad(q, (0, 0, 0, over)) if over else q  # without need it would copy
-        summed = whole.unflatten(2, split).float().sum(3).unflatten(1, (key_heads, -1)).sum(2)
+        summed = lengthened(q, over).unflatten(2, split).float().sum(3).unflatten(1, (key_heads, -1)).sum(2)
         count = F.pad(real, (0, over)).unflatten(1, split).sum(2)[:, None, :, None] * (q.shape[1] // key_heads)
         return summed / count.clamp(min=1) * scale
 

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -153,6 +154,11 @@ def take(x: Tensor, index: Tensor) -> Tensor:
     batch, heads, n, width = x.shape
     first = n * torch.arange(batch * heads, device=x.device).view(batch, heads, 1, 1)
     return x.reshape(-1, width).index_select(0, (index + first).reshape(-1)).view(batch, heads, tiles, size, width)
+
+
+def lengthened(x: Tensor, over: int) -> Tensor:
+    """x (..., n, d) with so many rows of zeros behind it; x itself for none, of which `F.pad` would make a copy."""
+    return F.pad(x, (0, 0, 0, over)) if over else x
 
 
 def restore(x: Tensor, slot: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import SbpatchError
-from .core import Stretches
+from .core import Stretches, lengthened
 from .patterns import wider
 from .registry import Geometry, Sparse, register
 
@@ -116,5 +116,4 @@ def _means(x: Tensor, size: int, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     real = x.new_ones(1, x.shape[-2]) if mask is None else mask.to(x.dtype)
     count = nn.functional.pad(real, (0, over)).unflatten(1, (-1, size)).sum(2)[:, None, :, None]
     x = x if mask is None else x * real[:, None, :, None]
-    x = nn.functional.pad(x, (0, 0, 0, over)) if over else x  # without need it would copy
-    return x.unflatten(2, (-1, size)).sum(3) / count.clamp(min=1), count
+    return lengthened(x, over).unflatten(2, (-1, size)).sum(3) / count.clamp(min=1), count

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import expansion
-from .core import Expansion, Stretches, take
+from .core import Expansion, Stretches, lengthened, take
 from .fused import call, runs_of_tiles
 
 
@@ -65,7 +65,7 @@ def over_stretches(
     counts = (0,) * many if low is None else low.past
     future = torch.full((tile, tile), -torch.inf, device=q.device).triu(1)
     future = F.pad(future, (near, hidden.shape[-1] - near - tile + counts[-1]))  # (tile, L + m)
-    q = F.pad(q, (0, 0, 0, many * tile - n)) if many * tile > n else q  # without need it would copy
+    q = lengthened(q, many * tile - n)
     query = q.unflatten(2, (many, tile)).unflatten(1, (key_heads, -1)).transpose(2, 3)  # (B, H_k, T, group, tile, d)
     out = v.new_empty(batch, many, tile, key_heads, heads // key_heads, v.shape[-1])  # as SDPA lays it out
     place = out.permute(0, 3, 1, 4, 2, 5)  # (B, H_k, T, group, tile, e)
@@ -107,9 +107,8 @@ def _hidden(read: Stretches, near: int, n: int, key_mask: Tensor | None) -> Tens
     start = read.tile * torch.arange(tiles, device=device)[:, None]  # (T, 1)
     token = start + torch.arange(-near, read.tile, device=device)
     first = torch.arange(min(read.first, n), device=device)
-    keep = torch.cat(((token >= 0) & (token < n), first < start - read.near), 1)[
-        None, None
-    ]  # (1, 1, T, near + tile + first)
+    own = (token >= 0) & (token < n)
+    keep = torch.cat((own, first < start - read.near), 1)[None, None]  # (1, 1, T, near + tile + first)
     if key_mask is not None:
         token = torch.cat((token.clamp(0, n - 1), first.expand(tiles, -1)), 1)
         keep = keep & key_mask[:, token][:, None]
