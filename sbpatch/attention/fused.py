@@ -16,10 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import expansion
-from .core import Expansion, Landmarks, Points, Tiles, known_at_once, places, repeated, take
+from .core import Expansion, Landmarks, Points, Tiles, known_at_once, lengthened, places, repeated, take
 from .kmeans import added, runs, sums
 from .patterns import listed
 
+LANES = 16  # numbers in a CPU's widest vector registers: of points between multiples SDPA takes half as long again
 ROWS = 1 << 12  # keys and points that the tiles of one call read together, of one sample
 UNEVEN = 1.25  # lists of one call are padded to the longest, which is at most so many times the shortest
 LOW, HIGH = 0.97, 4.0  # Nystrom row sum over cluster row sum, outside of which the clusters are believed
@@ -29,10 +30,10 @@ def over_points(q: Tensor, points: Points, scale: float) -> Tensor:
     """Attention over the points alone, log-counts as bias: one call. q (B, H, n, d), points of H or fewer heads."""
     group = q.shape[1] // points.key.shape[1]
     rows = q.unflatten(1, (-1, group)).flatten(2, 3)  # (B, H_k, group n, d), no copy where group is 1
-    bias = points.counts.log()[:, :, None].to(q.dtype).expand(-1, -1, rows.shape[-2], -1)  # empty: -inf
-    out = F.scaled_dot_product_attention(
-        rows, points.key.to(q.dtype), points.value.to(q.dtype), attn_mask=bias, scale=scale
-    )
+    spare = -points.key.shape[2] % LANES  # empty points, which have a bias of -inf
+    key, value = (lengthened(x.to(q.dtype), spare) for x in (points.key, points.value))
+    bias = F.pad(points.counts, (0, spare)).log()[:, :, None].to(q.dtype).expand(-1, -1, rows.shape[-2], -1)
+    out = F.scaled_dot_product_attention(rows, key, value, attn_mask=bias, scale=scale)
     return out.reshape(*q.shape[:-1], out.shape[-1])
 
 
