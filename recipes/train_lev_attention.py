@@ -177,6 +177,11 @@ def batches(count: int, batch: int, start: int, steps: int, seed: int) -> Iterat
         yield step, order[place * batch :][:batch], torch.Generator().manual_seed(seed + step)
 
 
+def settings(args: argparse.Namespace) -> dict[str, Any]:
+    """What a state goes on with, and no other."""
+    return {name: getattr(args, name) for name in ("stem", "steps", "batch", "seed")}
+
+
 def train(keys: int | None, data: Images, watched: Images, state: Path, args: argparse.Namespace) -> dict[str, Any]:
     """Train one model, or go on with it; what `state` holds at the end is returned."""
     model = fresh_model(args.seed, args.stem).to(args.device)
@@ -186,9 +191,11 @@ def train(keys: int | None, data: Images, watched: Images, state: Path, args: ar
         {"params": [p for p in model.parameters() if p.ndim < 2]},
     ]
     stepper = torch.optim.AdamW(groups, lr=RATE, weight_decay=0.0, betas=(0.9, 0.98))
-    found: dict[str, Any] = {"step": 0, "shares": [], "seconds": 0.0}
+    found: dict[str, Any] = {"settings": settings(args), "step": 0, "shares": [], "seconds": 0.0}
     if state.exists():
         found = torch.load(state, map_location=args.device, weights_only=True)
+        if found.get("settings") != settings(args):
+            raise SystemExit(f"{state} is of a run with other settings; name another folder with -o")
         model.load_state_dict(found["model"])
         stepper.load_state_dict(found["optimizer"])
     began, losses = time.perf_counter() - found["seconds"], []
@@ -237,14 +244,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     (n,) = {sites()[1].tokens}
     named = {None: f"all {n} keys"} | {keys: f"{keys} keys" for keys in KEYS}
     rows: list[dict[str, Any]] = []
-    result: dict[str, Any] = {
-        "stem": args.stem,
-        "steps": args.steps,
-        "batch": args.batch,
-        "seed": args.seed,
-        "versions": versions(),
-    }
-    result |= {"device": device_name(args.device.type)}
+    result: dict[str, Any] = settings(args) | {"versions": versions(), "device": device_name(args.device.type)}
     result |= {"train": len(data.labels), "test": len(test.labels), "heavy": HEAVY, "minutes": {}}
     for keys, name in named.items():
         found = train(keys, data, test.first(WATCHED), args.output / f"{name.replace(' ', '-')}.pt", args)

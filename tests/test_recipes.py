@@ -69,6 +69,10 @@ def test_lev_attention_writes_its_table(
     first = {path.name: path.read_bytes() for path in out.iterdir()}
     run(lev, monkeypatch, "--data", str(images), "-o", str(out), "--steps", "3", "--batch", "5", "--limit", "10")
     assert {path.name: path.read_bytes() for path in out.iterdir()} == first  # nothing is trained again
+    for other in (("--batch", "4"), ("--batch", "5", "--stem", "convolutions"), ("--batch", "5", "--seed", "1")):
+        with pytest.raises(SystemExit, match=r"all-197-keys\.pt is of a run with other settings; name another folder"):
+            run(lev, monkeypatch, "--data", str(images), "-o", str(out), "--steps", "3", "--limit", "10", *other)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == first
 
 
 def test_a_stopped_training_goes_on_alike(
