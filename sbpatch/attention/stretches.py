@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import expansion
 from .core import Expansion, Stretches, lengthened, take
-from .fused import call, runs_of_tiles
+from .fused import LANES, call, runs_of_tiles
 
 
 class Padded(NamedTuple):
@@ -34,8 +34,10 @@ class Padded(NamedTuple):
         first = whole[:, :, None, lead : lead + min(read.first, n)]
         return cls(window, first, whole.view(-1, read.block * x.shape[-1]))
 
-    def read(self, tiles: slice, index: Tensor, points: Tensor | None) -> Tensor:
-        """What these t tiles read, (B H_k t, 1, L + m, d): rows `index` (B, H_k, T, p) of `block`, points (B, H_k, t, m, d)."""
+    def read(self, tiles: slice, index: Tensor, points: Tensor | None, spare: int) -> Tensor:
+        """What these t tiles read, (B H_k t, 1, L + m, d): rows `index` (B, H_k, T, p) of `block`, points (B, H_k, t, m, d),
+        and `spare` zeros behind them.
+        """
         index = index[:, :, tiles]
         batch, heads, many, width = *index.shape[:3], self.window.shape[-1]
         parts = [self.window[:, :, tiles], self.first.expand(-1, -1, many, -1, -1)]
@@ -43,6 +45,7 @@ class Padded(NamedTuple):
             parts.append(self.block.index_select(0, index.flatten()).view(batch, heads, many, -1, width))
         if points is not None:
             parts.append(points.to(self.window.dtype))
+        parts.append(self.window.new_zeros(()).expand(batch, heads, many, spare, width))
         return torch.cat(parts, 3).flatten(0, 2)[:, None]
 
 
@@ -64,7 +67,7 @@ def over_stretches(
     low = low if low is not None and low.key.shape[2] else None
     counts = (0,) * many if low is None else low.past
     future = torch.full((tile, tile), -torch.inf, device=q.device).triu(1)
-    future = F.pad(future, (near, hidden.shape[-1] - near - tile + counts[-1]))  # (tile, L + m)
+    future = F.pad(future, (near, hidden.shape[-1] - near - tile + counts[-1] + LANES))  # (tile, L + m)
     q = lengthened(q, many * tile - n)
     query = q.unflatten(2, (many, tile)).unflatten(1, (key_heads, -1)).transpose(2, 3)  # (B, H_k, T, group, tile, d)
     out = v.new_empty(batch, many, tile, key_heads, heads // key_heads, v.shape[-1])  # as SDPA lays it out
@@ -75,8 +78,10 @@ def over_stretches(
         rows = hidden[:, :, run].expand(batch, key_heads, -1, -1)
         if bias is not None:
             rows = torch.cat((rows, bias if gain is None else bias + gain[:, None, None]), -1)
-        rows = rows.flatten(0, 2)[:, None, None] + future[:, : rows.shape[-1]]  # (N, 1, tile, L + m)
-        key, value = keys.read(run, index, point_key), values.read(run, index, point_value)
+        spare = -rows.shape[-1] % LANES
+        rows = F.pad(rows, (0, spare), value=-torch.inf).flatten(0, 2)[:, None, None]
+        rows = rows + future[:, : rows.shape[-1]]  # (N, 1, tile, L + m)
+        key, value = keys.read(run, index, point_key, spare), values.read(run, index, point_value, spare)
         found = call(query[:, :, run].flatten(0, 2), key, value, rows.to(q.dtype), scale)  # (N, group, tile, e)
         place[:, :, run] = found.view_as(place[:, :, run])
         del key, value, rows, found  # each run's tensors go before the next ones come
