@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +18,7 @@ pytest.importorskip("triton", reason="triton is not installed (sbpatch[gpu])")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 from sbpatch.attention import Geometry, Scatterbrain, kernels  # noqa: E402
-from sbpatch.attention.kernels import blocks, clusters, lloyd, plain, points, rows, tiles  # noqa: E402
+from sbpatch.attention.kernels import blocks, clusters, gradients, lloyd, plain, points, rows, tiles  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's numpy on log 0
 
@@ -230,6 +236,79 @@ def test_a_lloyd_step_may_see_keys_at_even_strides_alone() -> None:
     assert lloyd.lloyd_step(k, centre, None, 77).equal(lloyd.lloyd_step(seen, centre, None, 77))
 
 
+# -- gradients -------------------------------------------------------------------------------------------------------
+
+
+def assert_gradients_close(kernel: Any, reference: Any, arguments: Sequence[Any]) -> None:
+    """Gradients of a random sum of the outputs, for every floating-point argument, by the kernels and by autograd."""
+    found = []
+    for function in (kernel, reference):
+        inputs = [
+            x.clone().requires_grad_() if isinstance(x, Tensor) and x.is_floating_point() else x for x in arguments
+        ]
+        out, wanted = function(*inputs), [x for x in inputs if isinstance(x, Tensor) and x.requires_grad]
+        torch.manual_seed(1)
+        weight = draw(*out.shape, dtype=out.dtype)
+        found.append(torch.autograd.grad(out, wanted, weight))
+    assert_close(*found, arguments[0].dtype)
+
+
+@pytest.fixture
+def by_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "GRADIENTS", True)
+
+
+@pytest.mark.usefixtures("by_kernels")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("causal", "by_query", "masked", "points", "group"),
+    [(False, False, False, 0, 1), (True, False, True, 9, 2), (False, True, True, 0, 3), (True, True, False, 70, 5)],
+)
+def test_gradients_of_tiles(
+    dtype: torch.dtype, causal: bool, by_query: bool, masked: bool, points: int, group: int
+) -> None:
+    arguments = tile_arguments(dtype, causal, by_query, masked, points, group)
+    assert_gradients_close(tiles.attend_tiles, plain.attend_tiles, arguments)
+
+
+@pytest.mark.usefixtures("by_kernels")
+@pytest.mark.parametrize(("dtype", "masked"), [(torch.float32, True), (torch.bfloat16, False), (torch.float16, False)])
+def test_gradients_of_blocks(dtype: torch.dtype, masked: bool) -> None:
+    q, k, v, mask, about, key, value = block_arguments(dtype, masked)
+    mean, keys = plain.stretch_means(key.flatten(2, 3), mask, BLOCK, 2, FIRST, 1.0)
+    exact = blocks.best_blocks(about, mean, keys, 2, TILE, NEAR, BLOCK)
+    points = plain.block_points(about, key, value, mask, exact, TILE, NEAR, FIRST)
+    gain = draw(2) if masked else None
+    call = (q, k, v, mask, exact, *points, gain, 0.2, TILE, NEAR, FIRST, BLOCK)
+    assert_gradients_close(rows.attend_blocks, plain.attend_blocks, call)
+
+
+@pytest.mark.usefixtures("by_kernels")
+@pytest.mark.parametrize(  # one program goes through all tiles, or each through one
+    ("dtype", "programs"), [(torch.float32, 1), (torch.float32, 64), (torch.bfloat16, 1), (torch.float16, 64)]
+)
+def test_gradients_of_points_that_all_rows_share(
+    dtype: torch.dtype, programs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gradients, "PROGRAMS", programs)
+    call = (
+        draw(2, 4, 300, 24, dtype=dtype), draw(2, 2, 70, 24, dtype=dtype), draw(2, 2, 70, 40, dtype=dtype), draw(2, 2, 70), 0.2,
+    )  # fmt: skip
+    call[3][:, :, ::3] = -torch.inf  # of clusters without keys
+    assert_gradients_close(points.attend_points, plain.attend_points, call)
+
+
+@pytest.mark.usefixtures("by_kernels")
+def test_extreme_and_missing_logits_have_finite_gradients() -> None:
+    arguments = list(tile_arguments(torch.float32, False, False, False, 9, 2))
+    arguments[0] = 300 * arguments[0]
+    arguments[6][:, :, 0], arguments[10][:, :, 0] = False, -torch.inf  # a tile that reads nothing
+    arguments[0].requires_grad_()
+    (found,) = torch.autograd.grad(tiles.attend_tiles(*arguments).sum(), arguments[0])
+    assert found.isfinite().all()
+    assert found[:, :, :16].eq(0).all()
+
+
 # -- whole layers ----------------------------------------------------------------------------------------------------
 
 LAYERS: list[tuple[str, dict[str, int], bool, int]] = [  # method, parameters, causal, key heads of four
@@ -272,10 +351,17 @@ def test_layers_compute_the_same_by_kernels(
     assert (found[0] - found[1]).norm() <= 1e-5 * found[0].norm()
 
 
+@pytest.mark.parametrize("by_kernels", [False, True])
 @pytest.mark.parametrize(("method", "parameters", "causal", "key_heads"), LAYERS)
 def test_gradients_are_those_of_the_plain_form(
-    method: str, parameters: dict[str, int], causal: bool, key_heads: int, monkeypatch: pytest.MonkeyPatch
+    method: str,
+    parameters: dict[str, int],
+    causal: bool,
+    key_heads: int,
+    by_kernels: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(kernels, "GRADIENTS", by_kernels)
     layer, call = layer_and_call(method, parameters, causal, key_heads, torch.float32)
     found = []
     for yes in (False, True):
@@ -298,6 +384,26 @@ def test_compiled_layers_see_the_kernels_as_operators(
     with torch.no_grad():
         assert (compiled(*call) - expected).norm() <= 1e-5 * expected.norm()
     torch.compiler.reset()
+
+
+@pytest.mark.slow
+def test_all_kernels_compile_for_an_h100_and_fit_its_shared_memory() -> None:
+    """In a process of its own: the interpreter, once chosen, cannot compile."""
+    script = Path(__file__).with_name("compile_kernels.py")
+    root = str(script.parents[2])
+    environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"} | {"PYTHONPATH": root}
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = [line.split() for line in done.stdout.splitlines()]
+    written = {name for path in Path(kernels.__file__).parent.glob("*.py") for name in launched(path)}
+    assert {name for name, *_ in found} == written - {"_shared", "_assigned", "_moved"}  # wide ones go another way
+    for name, dtype, width, size in found:
+        assert int(size) <= kernels.SHARED_KIB << 10, (name, dtype, width)
+
+
+def launched(path: Path) -> list[str]:
+    """Names of the kernels that a module launches."""
+    return re.findall(r"^ +(_\w+)\[.*\]\(", path.read_text(encoding="utf-8"), flags=re.M)
 
 
 def test_what_the_kernels_cannot_take_is_said_once(caplog: pytest.LogCaptureFixture) -> None:

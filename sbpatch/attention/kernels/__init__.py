@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from functools import cache
 from importlib.util import find_spec
 
@@ -17,6 +18,8 @@ WIDEST = 256  # of a head
 COLUMNS = 128  # of rows that are added at once
 MOST_BLOCKS = 512  # that one program ranks
 SHARED_KIB = 227  # of memory a block, which the kernels' sizes were chosen for: those of an H100, H200 or B200
+
+GRADIENTS = os.environ.get("SBPATCH_GRADIENTS") == "kernels"  # else of the plain forms: no GPU has run gradients.py yet
 
 log = logging.getLogger("sbpatch")
 

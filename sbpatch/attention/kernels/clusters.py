@@ -57,9 +57,10 @@ def nearest_centre(k: Tensor, centre: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     half = centre.float().square().sum(-1) / 2
     index = torch.empty(batch, heads, n, dtype=torch.int64, device=k.device)
     score, square = (torch.empty(batch, heads, n, dtype=torch.float32, device=k.device) for _ in range(2))
-    _nearest[(triton.cdiv(n, KEYS), batch * heads)](
+    keys = KEYS if width * k.element_size() <= 512 else KEYS // 2
+    _nearest[(triton.cdiv(n, keys), batch * heads)](
         k, centre, half, index, score, square, n, centre.shape[2], width, heads, *k.stride()[:3],
-        KEYS=KEYS, CENTRES=64 if width <= 128 else 32, WIDTH=padded(width), PRECISION=precision(k.dtype),
+        KEYS=keys, CENTRES=64 if width <= 128 else 32, WIDTH=padded(width), PRECISION=precision(k.dtype),
         num_warps=4, num_stages=3 if width <= 64 else 2,
     )  # fmt: skip
     return index, score, square

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Any
 
@@ -10,6 +10,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from .. import kernels
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -34,6 +36,31 @@ def online(accumulator, top, total, logits, scale, value, PRECISION: tl.constexp
     return accumulator, highest, total * fade + tl.sum(weight, 1)
 
 
+@triton.jit
+def seen_keys(
+    key, valid, mask, column, slot, at, live, many, key_l, valid_g, valid_l,
+    CAUSAL: tl.constexpr, MASKED: tl.constexpr, BY_QUERY: tl.constexpr,
+):  # fmt: skip
+    """Keys (N) at some columns of a tile's list of `many`, and which rows read them, (M or 1, N).
+
+    slot, at: where a row lies in its tile and in the sequence, (M).
+    """
+    inside = column < many
+    index = tl.load(key + column * key_l, mask=inside, other=0).to(tl.int32)
+    keep = inside
+    if not BY_QUERY:
+        keep = keep & (tl.load(valid + column * valid_l, mask=inside, other=0) != 0)
+    if MASKED:
+        keep = keep & (tl.load(mask + index) != 0)
+    seen = keep[None, :]
+    if BY_QUERY:
+        pairs = valid + slot[:, None] * valid_g + column[None, :] * valid_l
+        seen = seen & (tl.load(pairs, mask=live[:, None] & inside[None, :], other=0) != 0)
+    if CAUSAL:
+        seen = seen & (index[None, :] <= at[:, None])
+    return index, seen
+
+
 def precision(dtype: torch.dtype) -> str:
     """How products of this dtype are formed: float32 by three passes of the matrix units, which lose nothing that counts."""
     if triton.knobs.runtime.interpret:
@@ -52,9 +79,10 @@ def plain_rows(x: Tensor) -> Tensor:
 
 
 def operator(
-    name: str, fake: Callable[..., Any], plain: Callable[..., Any] | None
+    name: str, fake: Callable[..., Any], plain: Callable[..., Any] | None, gradients: Callable[..., Any] | None = None
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Register a function as an operator that compilation and export see as one: its shapes by `fake`, gradients by `plain`.
+    """Register a function as an operator that compilation and export see as one: its shapes by `fake`, gradients by `plain`,
+    or where `GRADIENTS` says so by `gradients`, a function of the output's gradient, the output and the operator's inputs.
 
     Where neither is at work the function is called as it is, which saves the dispatch, longer than a small kernel runs.
     """
@@ -63,7 +91,7 @@ def operator(
         registered = torch.library.custom_op(f"sbpatch::{name}", function, mutates_args=())
         registered.register_fake(fake)
         if plain is not None:
-            _differentiable(registered, plain)
+            _differentiable(registered, plain, gradients)
 
         @wraps(function)
         def call(*args: Any) -> Any:
@@ -75,28 +103,36 @@ def operator(
     return decorate
 
 
-def _differentiable(operator: Any, plain: Callable[..., Any]) -> None:
-    """Give an operator the gradients of its plain form, which the backward pass computes anew from the operator's inputs."""
+def _differentiable(operator: Any, plain: Callable[..., Any], gradients: Callable[..., Any] | None) -> None:
+    """Give an operator gradients that the backward pass computes anew from the operator's inputs."""
 
     def keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.save_for_backward(*(x for x in inputs if isinstance(x, Tensor)))
+        ctx.fast = gradients is not None and kernels.GRADIENTS
+        ctx.save_for_backward(*(x for x in (*inputs, *([output] if ctx.fast else [])) if isinstance(x, Tensor)))
         ctx.rest = tuple(None if isinstance(x, Tensor) else (x,) for x in inputs)  # None: a tensor
 
     def backward(ctx: Any, *of_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
         saved = iter(ctx.saved_tensors)
-        with torch.enable_grad():
-            inputs = [next(saved).detach() if one is None else one[0] for one in ctx.rest]
-            wanted = [i for i, needed in enumerate(ctx.needs_input_grad) if needed]
-            for i in wanted:
-                inputs[i].requires_grad_()
-            outputs = plain(*inputs)
-            outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-            pairs = [(x, of) for x, of in zip(outputs, of_outputs, strict=True) if of is not None and x.requires_grad]
-            known, of_known = zip(*pairs, strict=True)
-            found = torch.autograd.grad(known, [inputs[i] for i in wanted], of_known, allow_unused=True)
-        gradients: list[Tensor | None] = [None] * len(inputs)
-        for i, gradient in zip(wanted, found, strict=True):
-            gradients[i] = gradient
-        return tuple(gradients)
+        inputs = [next(saved) if one is None else one[0] for one in ctx.rest]
+        if ctx.fast and gradients is not None:
+            return tuple(gradients(*of_outputs, next(saved), *inputs))
+        wanted = [i for i, needed in enumerate(ctx.needs_input_grad) if needed]
+        found = _of_plain(plain, inputs, wanted, of_outputs)
+        return tuple(found[wanted.index(i)] if i in wanted else None for i in range(len(inputs)))
 
     operator.register_autograd(backward, setup_context=keep)
+
+
+def _of_plain(
+    plain: Callable[..., Any], inputs: list[Any], wanted: list[int], of_outputs: Sequence[Tensor | None]
+) -> Sequence[Tensor | None]:
+    """Gradients of the wanted inputs of a plain form, from those of its outputs."""
+    with torch.enable_grad():
+        inputs = [x.detach() if isinstance(x, Tensor) else x for x in inputs]
+        for i in wanted:
+            inputs[i].requires_grad_()
+        outputs = plain(*inputs)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        pairs = [(x, of) for x, of in zip(outputs, of_outputs, strict=True) if of is not None and x.requires_grad]
+        known, of_known = zip(*pairs, strict=True)
+        return torch.autograd.grad(known, [inputs[i] for i in wanted], of_known, allow_unused=True)

@@ -5,13 +5,15 @@ Arguments and results are those of the operators of the same names.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .. import expansion
 from ..core import Expansion, places, repeated, take
-from ..patterns import listed
+from ..patterns import BLOCK, listed
 
 LOWEST = torch.finfo(torch.float32).min
 
@@ -67,20 +69,34 @@ def attend_points(q: Tensor, key: Tensor, value: Tensor, bias: Tensor, scale: fl
     return (logits.softmax(-1) @ value).to(q.dtype)
 
 
-def attend_blocks(
+def attend_blocks(*inputs: Any) -> Tensor:
+    return attend_tiles(*blocks_as_tiles(*inputs))
+
+
+def blocks_as_tiles(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, exact: Tensor, point_key: Tensor, point_value: Tensor,
     point_bias: Tensor, gain: Tensor | None, scale: float, tile: int, near: int, first: int, block: int,
-) -> Tensor:  # fmt: skip
+) -> tuple[Any, ...]:  # fmt: skip
+    """The arguments of `attend_tiles` for those of `attend_blocks`."""
     n, shape = k.shape[2], (point_bias.shape[-1], block)
     key, value = (x[:, :, : shape[0] * block].unflatten(2, shape) for x in (k, v))
-    low = Expansion(
-        key, value, exact, exact, tile, near, first, mask
-    )  # where the tiles' queries lie, lists do not need
+    low = Expansion(key, value, exact, exact, tile, near, first, mask)  # lists do not need where the mean queries lie
     tiles = listed(low.read, n)
     bias = point_bias if gain is None else point_bias + gain[:, None, None]
-    return attend_tiles(
+    return (
         q, k, v, tiles.query, places(tiles), tiles.key, tiles.valid, mask, point_key, point_value, bias, low.counts(),
         scale, True,
+    )  # fmt: skip
+
+
+def points_as_tiles(q: Tensor, key: Tensor, value: Tensor, bias: Tensor, scale: float) -> tuple[Any, ...]:
+    """The same for those of `attend_points`: tiles of queries that list no keys."""
+    n, many = q.shape[2], key.shape[2]
+    row = torch.arange(-(-n // BLOCK) * BLOCK, device=q.device).view(-1, BLOCK)
+    none = row[:, :0]
+    return (
+        q, key[:, :, :0], value[:, :, :0], row.clamp(max=n - 1), row.clamp(max=n), none, none[:, None].bool(), None,
+        key[:, :, None], value[:, :, None], bias[:, :, None], row.new_full((len(row),), many), scale, False,
     )  # fmt: skip
 
 

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..core import output_of
-from . import plain, rows
+from . import gradients, plain, rows
 from .common import LOG2_E, operator, padded, plain_rows, precision, product
 
 PROGRAMS = 792  # about: six for each multiprocessor
@@ -57,7 +57,7 @@ def _shapes(q: Tensor, key: Tensor, value: Tensor, bias: Tensor, scale: float) -
     return output_of(q, value)
 
 
-@operator("attend_points", _shapes, plain.attend_points)
+@operator("attend_points", _shapes, plain.attend_points, gradients.of_points)
 def attend_points(q: Tensor, key: Tensor, value: Tensor, bias: Tensor, scale: float) -> Tensor:
     """q (B, H, n, d), key and value (B, H_k, m, d or e) of its dtype, bias (B, H_k, m) float32 -> (B, H, n, e).
 

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..core import output_of
-from . import plain
+from . import gradients, plain
 from .common import LOG2_E, online, operator, padded, plain_rows, precision, product
 
 ROWS = 128  # queries of a tile, where all read the same points
@@ -111,8 +111,8 @@ def _rows(
     tl.store(place, found.to(out.dtype.element_ty), mask=live[:, None] & in_e[None, :])
 
 
-def _settings(width: int, rows: int, stretch: int) -> dict[str, int]:
-    """Sizes of a program by head width, rows of a tile, and the length that stretches of keys are multiples of.
+def _settings(width: int, size: int, rows: int, stretch: int) -> dict[str, int]:
+    """Sizes of a program by head width, bytes of a number, rows of a tile, and what lengths of stretches are multiples of.
 
     The best of eleven on an H200; with fewer registers a second program fits beside each.
     """
@@ -121,7 +121,7 @@ def _settings(width: int, rows: int, stretch: int) -> dict[str, int]:
         "BLOCK_M": block,
         "BLOCK_N": min(32, stretch & -stretch),
         "num_warps": 4 if width <= 128 else 8,
-        "num_stages": 3 if width <= 128 else 2,
+        "num_stages": 3 if width * size <= 256 else 2 if width * size <= 512 else 1,
     }
     return found | ({"maxnreg": 168} if width <= 64 and block == 128 else {})
 
@@ -146,7 +146,7 @@ def _launch(
     q, k, v = (plain_rows(x) for x in (q, k, v))
     key, value, bias = (x.contiguous() for x in points)
     group, tile = heads // key_heads, lengths[0]
-    settings = _settings(max(width, width_v), group * tile, lengths[3])
+    settings = _settings(max(width, width_v), q.element_size(), group * tile, lengths[3])
     out = output_of(q, v)
     grid = triton.cdiv(n, tile) * triton.cdiv(group * tile, settings["BLOCK_M"]), batch * key_heads
     _rows[grid](
@@ -172,7 +172,7 @@ def _of_blocks(
     return output_of(q, v)
 
 
-@operator("attend_blocks", _of_blocks, plain.attend_blocks)
+@operator("attend_blocks", _of_blocks, plain.attend_blocks, gradients.of_blocks)
 def attend_blocks(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, exact: Tensor, point_key: Tensor, point_value: Tensor,
     point_bias: Tensor, gain: Tensor | None, scale: float, tile: int, near: int, first: int, block: int,

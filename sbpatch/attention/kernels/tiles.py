@@ -18,8 +18,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..core import output_of
-from . import plain
-from .common import LOG2_E, online, operator, padded, plain_rows, precision, product
+from . import gradients, plain
+from .common import LOG2_E, online, operator, padded, plain_rows, precision, product, seen_keys
 
 
 @triton.jit
@@ -55,22 +55,13 @@ def _attend(
     k += batch * k_b + key_head * k_h
     v += batch * v_b + key_head * v_h
     for start in range(0, listed, BLOCK_N):
-        column = start + tl.arange(0, BLOCK_N)
-        inside = column < listed
-        index = tl.load(key + column * key_l, mask=inside, other=0).to(tl.int32)
-        keep = inside
-        if not BY_QUERY:
-            keep = keep & (tl.load(valid + column * valid_l, mask=inside, other=0) != 0)
-        if MASKED:
-            keep = keep & (tl.load(mask + batch * mask_b + index) != 0)
+        index, seen = seen_keys(
+            key, valid, mask + batch * mask_b, start + tl.arange(0, BLOCK_N), slot, at, live,
+            listed, key_l, valid_g, valid_l, CAUSAL, MASKED, BY_QUERY,
+        )  # fmt: skip
         keys = tl.load(k + index[None, :] * k_n + d[:, None], mask=in_d[:, None], other=0.0)  # (d, N)
         logits = product(queries, keys, tl.zeros([BLOCK_M, BLOCK_N], tl.float32), PRECISION)
-        logits = tl.where(keep[None, :], logits, float("-inf"))
-        if BY_QUERY:
-            pairs = valid + slot[:, None] * valid_g + column[None, :] * valid_l
-            logits = tl.where(tl.load(pairs, mask=live[:, None] & inside[None, :], other=0) != 0, logits, float("-inf"))
-        if CAUSAL:
-            logits = tl.where(index[None, :] <= at[:, None], logits, float("-inf"))
+        logits = tl.where(seen, logits, float("-inf"))
         values = tl.load(v + index[:, None] * v_n + e[None, :], mask=in_e[None, :], other=0.0)  # (N, e)
         accumulator, top, total = online(accumulator, top, total, logits, scale, values, PRECISION)
 
@@ -102,14 +93,14 @@ def _attend(
     tl.store(where, found.to(out.dtype.element_ty), mask=written[:, None] & in_e[None, :])
 
 
-def _settings(width: int, rows: int) -> dict[str, int]:
-    """Sizes of a program by head width and rows of a tile."""
-    block = 128 if rows >= 128 and width <= 128 else min(64, padded(rows))
+def _settings(row: int, rows: int) -> dict[str, int]:
+    """Sizes of a program by the bytes of a row of keys or values and by the rows of a tile."""
+    block = 128 if rows >= 128 and row <= 256 else min(64, padded(rows))
     return {
         "BLOCK_M": block,
-        "BLOCK_N": 64 if width <= 128 else 32,
+        "BLOCK_N": 64 if row <= 256 else 32,
         "num_warps": 8 if block == 128 else 4,
-        "num_stages": 3 if width <= 128 else 2,
+        "num_stages": 3 if row <= 256 else 2 if row <= 512 else 1,
     }
 
 
@@ -121,7 +112,7 @@ def _shapes(
     return output_of(q, v)
 
 
-@operator("attend_tiles", _shapes, plain.attend_tiles)
+@operator("attend_tiles", _shapes, plain.attend_tiles, gradients.of_tiles)
 def attend_tiles(
     q: Tensor,
     k: Tensor,
@@ -155,7 +146,7 @@ def attend_tiles(
     tiles, size = query.shape[-2:]
     group, lead = heads // key_heads, (batch, key_heads, tiles)
     out = output_of(q, v)
-    settings = _settings(width, group * size)
+    settings = _settings(max(width, width_v) * q.element_size(), group * size)
     row_blocks = triton.cdiv(group * size, settings["BLOCK_M"])
     query, place, key = (x.expand(*lead, -1) for x in (query, place, key))
     valid = valid.expand(*lead, -1, -1)
