@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 import math
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -22,6 +28,7 @@ from sbpatch.errors import SbpatchError
 from sbpatch.evaluation.accounting import affordable, attention_memory_bytes, exact_sites
 from sbpatch.evaluation.evaluate import Totals, check_classes
 from sbpatch.evaluation.variants import VARIANTS, Subject, as_generation_starts, eager_attention
+from sbpatch.evaluation.workers import Workers
 from sbpatch.models.answers import Scores, kept
 from sbpatch.sites.calls import Call
 
@@ -210,3 +217,63 @@ def test_other_classes_are_refused() -> None:
     check_classes(model, SimpleNamespace(name="d", classes=None))
     with pytest.raises(SbpatchError, match="d has 1000 classes and m 10"):
         check_classes(model, SimpleNamespace(name="d", classes=1000))
+
+
+def asked(workers: Workers, variant: str) -> np.ndarray:
+    """What a variant of the embedded model says of the same two images: its logits, of length 1."""
+    images = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    found: np.ndarray = workers.ask(variant, "batch", images.numpy(), np.zeros(2, dtype=np.int64))[0]["embedding"]
+    return found
+
+
+DEMO = Subject("t2t-vit-demo", answer="features")
+
+
+def running(process: int) -> bool:
+    """Whether it has not ended; one that has may wait to be reaped by whoever inherits it."""
+    place = Path(f"/proc/{process}/stat")
+    return place.exists() and place.read_text().rsplit(")", 1)[1].split()[0] != "Z"
+
+
+@pytest.fixture
+def workers() -> Iterator[Workers]:
+    found = Workers()
+    yield found
+    found.end()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not fork a process that has loaded a model")
+def test_forked_variants_answer_as_spawned_ones_do(workers: Workers, monkeypatch: pytest.MonkeyPatch) -> None:
+    workers.start(DEMO, ["eager", "sdpa"])
+    eager, sdpa = asked(workers, "eager"), asked(workers, "sdpa")
+    monkeypatch.setattr("sbpatch.evaluation.workers.FORKS", False)
+    spawned = Workers()
+    try:
+        spawned.start(DEMO, ["sdpa"])
+        expected = asked(spawned, "sdpa")
+    finally:
+        spawned.end()
+    assert np.array_equal(sdpa, expected)
+    assert np.allclose(eager, expected, atol=1e-4)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not fork a process that has loaded a model")
+def test_a_variant_that_was_killed_says_so_and_the_others_go_on(workers: Workers) -> None:
+    workers.start(DEMO, ["eager", "sdpa"])
+    asked(workers, "sdpa")
+    (first,) = workers.processes
+    eager, sdpa = map(int, Path(f"/proc/{first}/task/{first}/children").read_text().split())
+    os.kill(eager, signal.SIGKILL)
+    assert "the process of variant 'eager' ended early" in refused(asked, workers, "eager")
+    asked(workers, "sdpa")
+    workers.end()
+    for _ in range(100):  # until the system has taken it away
+        if not running(sdpa):
+            break
+        time.sleep(0.05)
+    assert not running(sdpa)
+
+
+def test_a_model_that_cannot_be_loaded_is_refused_by_the_first_question(workers: Workers) -> None:
+    workers.start(Subject("nowhere.pth"), ["sdpa"])
+    assert "nowhere.pth" in refused(asked, workers, "sdpa")

@@ -9,12 +9,9 @@ turn, so that a machine that slows down slows all of them and the ratios hold.
 
 from __future__ import annotations
 
-import multiprocessing
 import statistics
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from multiprocessing import resource_tracker
-from multiprocessing.connection import Connection
 from typing import Any
 
 from torch import Tensor
@@ -25,11 +22,11 @@ from ..data.images import ImageSet
 from ..data.loading import batches, worker_count
 from ..data.samples import Part, Samples
 from ..errors import SbpatchError
-from ..interrupts import held_back
 from ..models.answers import Kept, Scores
 from ..models.checkpoint import Checkpoint
 from ..progress import Progress, no_progress
-from .variants import VARIANTS, Subject, packed, receive, send, worker
+from .variants import VARIANTS, Subject
+from .workers import Workers, packed
 
 EAGER_BATCHES = 3  # that the slow eager variant runs, for its time and memory; its answers are SDPA's but for rounding
 EAGER_MS = 30_000.0  # after which it runs no further batch
@@ -104,19 +101,6 @@ class Shared:
         return cls(numbers, Part(data, [i for n in numbers for i in index[n * batch_size : (n + 1) * batch_size]]))
 
 
-def _start(subject: Subject, variants: Sequence[str], pipes: dict[str, Connection], workers: list[Any]) -> None:
-    """A process a variant; each that was started is in the list, whenever a signal comes."""
-    context = multiprocessing.get_context("spawn")
-    resource_tracker.ensure_running()  # which lets through the signals that are held back below, the first time
-    for variant in variants:
-        pipes[variant], theirs = context.Pipe()
-        process = context.Process(target=worker, args=(theirs, subject, variant), daemon=True)
-        with held_back():
-            process.start()
-            workers.append(process)
-        theirs.close()
-
-
 def evaluate(
     subject: Subject,
     data: Samples,
@@ -145,25 +129,17 @@ def evaluate(
     if skipped is not None and processes.count() > 1:
         raise SbpatchError("--skip-bad counts what one process skips: run it without a launcher")
     mine = Shared.of(data, batch_size)
-    pipes: dict[str, Connection] = {}
-    workers: list[Any] = []
+    workers = Workers()
     read = batches(
         mine.samples, batch_size, workers=worker_count(data), beside=subject.device != "cpu", skipped=skipped
     )
     try:
         if mine.numbers:
-            _start(subject, variants, pipes, workers)
-        seen = _run(pipes, subject, progress(mine.numbers, "evaluating"), read)
-        for pipe in pipes.values():
-            pipe.send(None)
-        for process in workers:
-            process.join(timeout=1)
+            workers.start(subject, variants)
+        seen = _run(workers, subject, progress(mine.numbers, "evaluating"), read)
     finally:
         read.close()
-        for process in workers:
-            process.kill()  # it holds nothing that is not ours to lose
-        for process in workers:
-            process.join()
+        workers.end()
     figures = _figures(variants, seen, batch_size)
     if not figures:
         raise SbpatchError(f"{data.name}: none of {len(data)} samples can be read, the first: {(skipped or [''])[0]}")
@@ -171,28 +147,25 @@ def evaluate(
 
 
 def _run(
-    pipes: dict[str, Connection], subject: Subject, numbers: Iterable[int], read: Iterator[tuple[Inputs, Tensor]]
+    workers: Workers, subject: Subject, numbers: Iterable[int], read: Iterator[tuple[Inputs, Tensor]]
 ) -> list[Batch]:
-    """Every variant on the batches of these numbers, each in turn; a variant that is done early leaves `pipes`."""
+    """Every variant on the batches of these numbers, each in turn; a variant that is done early is dismissed."""
     seen: list[Batch] = []
     for number, (x, y) in zip(numbers, read, strict=False):  # fewer batches where samples are skipped
         eager_ms = sum(batch.ms for batch in seen if batch.variant == "eager")
-        if "eager" in pipes and (number >= EAGER_BATCHES or eager_ms > EAGER_MS):
-            pipes.pop("eager").send(None)  # its process ends and leaves its memory to the others
+        if "eager" in workers.pipes and (number >= EAGER_BATCHES or eager_ms > EAGER_MS):
+            workers.dismiss("eager")
         inputs, labels = packed(x), y.numpy()
         found: dict[str, Kept] = {}
-        running = list(pipes)
+        running = list(workers.pipes)
         this: dict[str, Batch] = {}
         for variant in running[number % len(running) :] + running[: number % len(running)]:  # each is first in turn
             peak, first_ms = 0, None
             if number == 0:
-                send(pipes[variant], ("memory", inputs, labels))
-                peak = receive(pipes[variant], variant)
-            send(pipes[variant], ("batch", inputs, labels))
-            found[variant], ms = receive(pipes[variant], variant)
+                peak = workers.ask(variant, "memory", inputs, labels)
+            found[variant], ms = workers.ask(variant, "batch", inputs, labels)
             if subject.answer == "next-token" and number < (1 if variant == "eager" else FIRST_TOKEN_BATCHES):
-                pipes[variant].send(("first token", inputs, labels))
-                first_ms = receive(pipes[variant], variant)
+                first_ms = workers.ask(variant, "first token", inputs, labels)
             this[variant] = Batch(number, variant, count(x), ms, Scores(), first_ms, peak)
         for variant in running:
             this[variant].scores.add(found[variant], found["sdpa"])

@@ -1,25 +1,17 @@
-"""The variants that `eval` compares: how each is built, and the process in which it answers, one batch at a time."""
+"""The variants that `eval` compares, and how each is built."""
 
 from __future__ import annotations
 
 import inspect
-from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
-from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ..attention.core import repeated
 from ..attention.masks import allowed
-from ..data.batch import Inputs, moved, run, samples
-from ..errors import SbpatchError, one_line, out_of_memory
-from ..measure import elapsed_ms, peak_memory_bytes
-from ..models.answers import kept
+from ..data.batch import Inputs, moved
 from ..models.checkpoint import Answer
 from ..models.load import load_checkpoint
 from ..plan.patch import base_of, patch, read_plan
@@ -72,11 +64,18 @@ def eager_attention(call: Call) -> Tensor:
     return weights.masked_fill(~mask.any(-1, keepdim=True), 0) @ value
 
 
-def build(subject: Subject, variant: str, example: Inputs) -> nn.Module:
-    """The model in one of `VARIANTS`, on its device and in its dtype."""
-    of_base = variant != "finetuned" and subject.variants == VARIANTS
-    name = str(base_of(Path(subject.model))) if of_base else subject.model
-    model = load_checkpoint(name, subject.checkpoint).model
+def load_base(subject: Subject) -> nn.Module:
+    """The model without a patch that all variants start from but the finetuned one, which has its own weights."""
+    name = str(base_of(Path(subject.model))) if subject.variants == VARIANTS else subject.model
+    return load_checkpoint(name, subject.checkpoint).model
+
+
+def build(subject: Subject, variant: str, example: Inputs, base: nn.Module | None = None) -> nn.Module:
+    """The model in one of `VARIANTS`, on its device and in its dtype; `base`, as `load_base` gives it, is changed in place."""
+    if variant == "finetuned":
+        model = load_checkpoint(subject.model, subject.checkpoint).model
+    else:
+        model = load_base(subject) if base is None else base
     if variant in VARIANTS[2:]:
         patch(model, read_plan(Path(subject.model)))
     dtype = getattr(torch, subject.dtype)
@@ -97,68 +96,3 @@ def as_generation_starts(model: nn.Module, inputs: Inputs) -> Inputs:
         return inputs
     ids = inputs["input_ids"]
     return {**inputs, "logits_to_keep": torch.tensor([ids.shape[-1] - 1], device=ids.device)}
-
-
-def packed(inputs: Inputs) -> Any:
-    """As numpy arrays: tensors would go through shared memory, whose lifetime depends on both processes."""
-    return inputs.numpy() if isinstance(inputs, Tensor) else {name: x.numpy() for name, x in inputs.items()}
-
-
-def unpacked(inputs: Any) -> Inputs:
-    if isinstance(inputs, np.ndarray):
-        return torch.from_numpy(inputs)
-    return {name: torch.from_numpy(x) for name, x in inputs.items()}
-
-
-def worker(pipe: Connection, subject: Subject, variant: str) -> None:
-    """Answer requests (task, inputs, labels) until None comes: 'batch' with (what is kept, milliseconds), 'memory' with peak
-    bytes, 'first token' with milliseconds.
-    """
-    if subject.threads:
-        torch.set_num_threads(subject.threads)
-    device = torch.device(subject.device)
-    model: nn.Module | None = None
-    try:
-        with torch.inference_mode():
-            while (request := pipe.recv()) is not None:
-                task, sent, labels = request
-                x = moved(unpacked(sent), device, getattr(torch, subject.dtype))
-                if model is None:
-                    model = build(subject, variant, samples(x, 0, 1))
-                    if variant != "eager":  # minutes at 8,192 tokens, and its first run is not timed anyway
-                        run(model, samples(x, 0, 1))  # lazy initialisation is no part of any figure
-                if task == "memory":
-                    pipe.send(peak_memory_bytes(partial(run, model, as_generation_starts(model, x)), device))
-                elif task == "first token":
-                    pipe.send(elapsed_ms(partial(run, model, as_generation_starts(model, x)), device)[1])
-                else:
-                    output, ms = elapsed_ms(partial(run, model, x), device)
-                    pipe.send((kept(subject.answer, output, x, torch.from_numpy(labels)), ms))
-                    del output  # before the next forward: a window's logits are hundreds of megabytes
-    except (EOFError, ConnectionError):
-        return  # the parent was killed
-    except SbpatchError as error:
-        pipe.send(error)
-    except RuntimeError as error:
-        if not out_of_memory(error):
-            raise
-        pipe.send(
-            SbpatchError(f"variant '{variant}': {one_line(error)}; try a smaller --batch-size or shorter samples")
-        )
-
-
-def send(pipe: Connection, request: Any) -> None:
-    with suppress(BrokenPipeError):  # the process has ended: what it had to say is there to be received
-        pipe.send(request)
-
-
-def receive(pipe: Connection, variant: str) -> Any:
-    try:
-        answer = pipe.recv()
-    except EOFError as error:
-        raise SbpatchError(
-            f"the process of variant '{variant}' ended early: its message stands above, or the system took it for its memory"
-        ) from error
-    if isinstance(answer, SbpatchError):
-        raise answer
-    return answer

@@ -85,4 +85,4 @@ def place(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def forked_variants(monkeypatch: pytest.MonkeyPatch) -> None:
     """The processes of eval's variants are forked from the tests, so that nothing is imported again."""
     fork = multiprocessing.get_context("fork")
-    monkeypatch.setattr("sbpatch.evaluation.evaluate.multiprocessing.get_context", lambda kind: fork)
+    monkeypatch.setattr("sbpatch.evaluation.workers.multiprocessing.get_context", lambda kind: fork)
