@@ -19,9 +19,8 @@ settings.register_profile(
 settings.load_profile("sbpatch")
 WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 torch.set_num_threads(2 if WORKERS == 1 else 1)  # side by side, a second thread of each costs more than it gives
-if (
-    WORKERS > 1
-):  # nor do the commands that tests start take more: threads that wait for each other make their timings absurd
+if WORKERS > 1:
+    # Nor do the commands that tests start take more: threads that wait for each other make their timings absurd.
     os.environ["OMP_NUM_THREADS"] = "1"
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"

