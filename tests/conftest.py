@@ -27,9 +27,9 @@ if not torch.cuda.is_available():
 
 # Files that take longest, first: pytest-xdist hands out whole files, and its workers then end together.
 LONGEST = (
-    "test_docs", "test_demo", "test_cli", "test_real_checkpoints", "test_kills", "test_finetune", "test_processes",
-    "test_rectangular_sites", "test_transformers_models", "test_interface", "test_export", "test_compiled",
-    "test_cifar10_model", "test_compare", "test_fuzz", "test_served", "test_transformers_coverage", "test_analyze",
+    "test_docs", "test_kills", "test_kernels", "test_demo", "test_processes", "test_cli", "test_export",
+    "test_real_checkpoints", "test_timm_coverage", "test_calibrate", "test_finetune", "test_cifar10_model", "test_compare",
+    "test_compiled", "test_fuzz", "test_disk", "test_transformers_models", "test_interface", "test_training_recipes",
 )  # fmt: skip
 
 

@@ -265,9 +265,8 @@ def on_the_hub(tmp_path, monkeypatch):
     )
     monkeypatch.setattr("sbpatch.data.hub.answers", lambda url: False)
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-    monkeypatch.setattr(
-        "datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN", 0.1
-    )  # of what reads several files for a shuffle
+    # Of what reads several files for a shuffle.
+    monkeypatch.setattr("datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN", 0.1)
     names = datasets.get_dataset_split_names
     monkeypatch.setattr(datasets, "get_dataset_split_names", lambda name: names(str(root)))
     monkeypatch.setattr(datasets, "load_dataset", lambda name, **options: real(str(root), **options))

@@ -325,9 +325,8 @@ def patched() -> nn.Module:
 
 
 @pytest.mark.parametrize("method", ["window+clusters", "window+favor", "clusters", "window"])
-@pytest.mark.parametrize(
-    "change", [{}, {"qk_norm": True}]
-)  # layer norms give float32 under autocast, values are bfloat16
+# Layer norms give float32 under autocast, values are bfloat16.
+@pytest.mark.parametrize("change", [{}, {"qk_norm": True}])
 def test_autocast(method, change):
     model = vit(**change)
     swap(model, layers(model, method))

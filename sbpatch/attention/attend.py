@@ -51,9 +51,8 @@ def attend(
     if whole and low is None and len(selected) == 1 and isinstance(selected[0], Stretches):
         return over_stretches(q, k, v, selected[0], None, scale, key_mask, None)
     tiles = [listed(one, k.shape[2]) if isinstance(one, Stretches) else one for one in selected]
-    simple = low is None or (
-        isinstance(low, Points) and low.ready is None
-    )  # else what a row may read differs in a tile
+    # Else what a row may read differs in a tile.
+    simple = low is None or (isinstance(low, Points) and low.ready is None)
     if simple and low is not None and not tiles:
         return form.over_points(q, low, scale)
     if simple and len(tiles) == 1 and (tiles[0].shared or low is None) and not naive:

@@ -90,9 +90,8 @@ def over_tiles(
     """Attention of tiles over their keys and what is left of the points; arguments as `attend`."""
     (batch, heads, n, _), (key_heads, width) = q.shape, (k.shape[1], v.shape[-1])
     group, place = heads // key_heads, places(tiles)
-    out = v.new_empty(batch, n + 1, heads, width).transpose(
-        1, 2
-    )  # as SDPA lays it out; the last row is for padding slots
+    # As SDPA lays it out; the last row is for padding slots.
+    out = v.new_empty(batch, n + 1, heads, width).transpose(1, 2)
     if tiles.key.ndim > 2:  # else each run would copy all of them, where the model has them in another order
         k, v = k.contiguous(), v.contiguous()
     many, keys = tiles.key.shape[-2:]

@@ -51,9 +51,8 @@ class Monarch(Whole):
         counted = real.mT[..., None]  # (B, 1, b, l, 1): queries that are tokens
         none = real[:, :, None] == 0  # (B, 1, 1, c, b)
         empty = none.all(-1)[..., None, :]  # (B, 1, 1, 1, c): stretches of padding
-        lowest = (
-            torch.finfo(q.dtype).min / 4
-        )  # finite: where a stretch, or all, is padding, no gradient may be undefined
+        # Finite: where a stretch, or all, is padding, no gradient may be undefined.
+        lowest = torch.finfo(q.dtype).min / 4
         left = torch.eye(key.shape[2], dtype=q.dtype, device=q.device).expand(*query.shape[:3], -1, -1)
         for _ in range(self.steps):
             share = left * counted

@@ -24,9 +24,8 @@ FINE, COARSE = 2 ** (1 / 3), 2**0.5  # steps between the budgets tried at a head
 FEW_HEADS = 16  # of all sites together, up to which the steps are fine
 LOWEST, HIGHEST = 1 / 8, 16.0  # budgets tried, in multiples of the one asked for; from 1 / 4 on where steps are fine
 LARGEST = 0.75  # share of a row above which only exact attention is tried
-SIZES_AROUND = tuple(
-    2 ** (step / 6) for step in (-2, -1, 0, 1, 2)
-)  # times what a chosen layer stores: sizes that are tried next to it
+# Times what a chosen layer stores: sizes that are tried next to it.
+SIZES_AROUND = tuple(2 ** (step / 6) for step in (-2, -1, 0, 1, 2))
 SHARES_AROUND = (-0.15, 0.0, 0.15)  # added to its low-rank share: splits that are tried next to it
 GAINS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, -0.5)  # of the low-rank part beside a sparse one, in nats
 Moments = tuple[Tensor, Tensor] | None  # of a site's queries and keys, see `fidelity.second_moments`

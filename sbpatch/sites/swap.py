@@ -106,9 +106,8 @@ class PatchedSite(nn.Module):
             return call.exact()
         layer = self.layer_for(keys, call.query.device)
         if min(queries, (keys + 1) / 2 if site.causal else keys) <= layer.stored:
-            return (
-                call.exact()
-            )  # a row reads fewer keys than the layer would store for it, or is one of few that read them
+            # A row reads fewer keys than the layer would store for it, or is one of few that read them.
+            return call.exact()
         try:
             call = call.plain(site.causal)
         except SbpatchError as error:

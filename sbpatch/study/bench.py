@@ -29,13 +29,8 @@ CAUSAL_METHODS = ("blocks", "window", "sinks", "window+favor", "lsh+favor", "aut
 LENGTHS = (1024, 4096, 16384)
 REPEATS = 5
 EAGER_BYTES = 1 << 30  # eager attention is left out where its matrix alone would take more
-SHAPE = (
-    "tokens",
-    "heads",
-    "head_dim",
-    "batch",
-    "causal",
-)  # keys of a row that say what the call is; and `queries`, if others
+# Keys of a row that say what the call is; and `queries`, if others.
+SHAPE = ("tokens", "heads", "head_dim", "batch", "causal")
 
 Row = dict[str, Any]  # in the contract's keys
 Moments = tuple[Tensor, Tensor]  # see `fidelity.second_moments`, means over samples: (H, d, d) each

@@ -95,9 +95,8 @@ def test_heads_that_share_keys_stay_together():
     found = layer(q, k, v)
     for group, shared, part in zip(groups, [[1], [0, 2]], layer.layers, strict=True):
         torch.testing.assert_close(found[:, group], part(q[:, group], k[:, shared], v[:, shared]))
-    torch.testing.assert_close(
-        layer(q, *(x.repeat_interleave(2, 1) for x in (k, v))), found
-    )  # a model that repeats them
+    repeated = [x.repeat_interleave(2, 1) for x in (k, v)]  # as a model may do itself
+    torch.testing.assert_close(layer(q, *repeated), found)
     assert "share keys" in refused(layers, site, [[1, 2], [0, 3, 4, 5]])
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from . import plain
 from .common import operator, padded, plain_rows, precision, product
 
+HELD = 1 << 15  # numbers of a block's keys, or values: what a program has room for
 TILES = 64  # tiles whose points one program computes from one reading of a block
 ROWS = 64  # rows of a stretch that are added at once
 
@@ -182,6 +183,8 @@ def block_points(
     Multiply-adds: T m c (2 d + e), in matrix units. Bytes: the keys and values once for each `TILES` tiles, and what it writes.
     """
     (batch, heads, blocks, size, width), width_v, tiles = key.shape, value.shape[-1], about.shape[2]
+    if padded(size) * padded(max(width, width_v)) > HELD:
+        return plain.block_points(about, key, value, mask, exact, tile, near, first)
     k, v = (plain_rows(x.flatten(2, 3)) for x in (key, value))  # blocks are stretches of keys
     about, exact = about.contiguous(), exact.contiguous()
     point_key, point_value = (key.new_empty(batch, heads, tiles, blocks, x) for x in (width, width_v))

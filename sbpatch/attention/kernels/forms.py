@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..core import Expansion, Points, Tiles, places, take
 from ..fused import hiding, remainder
-from ..patterns import listed
+from . import plain
 from .blocks import block_points
 from .points import attend_points
 from .rows import attend_blocks, fits
@@ -21,26 +21,8 @@ def over_points(q: Tensor, points: Points, scale: float) -> Tensor:
 def over_blocks(q: Tensor, k: Tensor, v: Tensor, low: Expansion, scale: float, gain: Tensor | None) -> Tensor:
     block = low.key.shape[3]
     points = block_points(low.about, low.key, low.value, low.key_mask, low.exact, low.tile, low.near, low.first)
-    if fits(block):
-        return attend_blocks(
-            q, k, v, low.key_mask, low.exact, *points, gain, scale, low.tile, low.near, low.first, block
-        )
-    tiles, bias = listed(low.read, k.shape[2]), points[2] if gain is None else points[2] + gain[:, None, None]
-    return attend_tiles(
-        q,
-        k,
-        v,
-        tiles.query,
-        places(tiles),
-        tiles.key,
-        tiles.valid,
-        low.key_mask,
-        *points[:2],
-        bias,
-        low.counts(),
-        scale,
-        True,
-    )
+    call = (q, k, v, low.key_mask, low.exact, *points, gain, scale, low.tile, low.near, low.first, block)
+    return attend_blocks(*call) if fits(block) else attend_tiles(*plain.blocks_as_tiles(*call))
 
 
 def over_tiles(

@@ -30,10 +30,8 @@ def _rows(
 ):  # fmt: skip
     row_blocks = tl.cdiv(tile * group, BLOCK_M)
     tiles = tl.num_programs(0) // row_blocks
-    t, part = (
-        tiles - 1 - tl.program_id(0) // row_blocks,
-        tl.program_id(0) % row_blocks,
-    )  # the last tiles first: they read most
+    t = tiles - 1 - tl.program_id(0) // row_blocks  # the last tiles first: they read most
+    part = tl.program_id(0) % row_blocks
     pair = tl.program_id(1).to(tl.int64)
     batch, key_head = pair // key_heads, pair % key_heads
     start = t * tile
@@ -61,9 +59,8 @@ def _rows(
             index = tl.where(unit < close, past + unit * BLOCK_N, chosen * block + far % each * BLOCK_N) + j
             keep = (index >= first) | (unit < close)  # the first tokens come by themselves, where they are not near
             if MASKED:
-                keep = keep & (
-                    (unit < close) | (chosen < blocks)
-                )  # there may be fewer blocks with real keys than listed
+                # There may be fewer blocks with real keys than listed.
+                keep = keep & ((unit < close) | (chosen < blocks))
                 keep = keep & (tl.load(mask + index, mask=index < n, other=0) != 0)
             keys = tl.load(k + index[None, :] * k_n + d[:, None], mask=in_d[:, None] & (index < n)[None, :], other=0.0)
             logits = product(queries, keys, tl.zeros([BLOCK_M, BLOCK_N], tl.float32), PRECISION)
