@@ -137,6 +137,7 @@ def evaluate(
         if mine.numbers:
             workers.start(subject, variants)
         seen = _run(workers, subject, progress(mine.numbers, "evaluating"), read)
+        workers.finish()
     finally:
         read.close()
         workers.end()

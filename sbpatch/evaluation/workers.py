@@ -31,6 +31,7 @@ from ..models.answers import kept
 from .variants import Subject, as_generation_starts, build, load_base
 
 FORKS = sys.platform == "linux"
+SECONDS = 2.0  # in which a process that has nothing left to do has ended
 PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
 
@@ -88,6 +89,13 @@ class Workers:
     def dismiss(self, variant: str) -> None:
         """Its process ends, and leaves its memory to the others."""
         self.pipes.pop(variant).send(None)
+
+    def finish(self) -> None:
+        """Let all of them end by themselves: no more is asked."""
+        for variant in list(self.pipes):
+            self.dismiss(variant)
+        for process in self._started:
+            process.join(timeout=SECONDS)
 
     def end(self) -> None:
         """End all of them, whatever they are doing: they hold nothing that is not ours to lose."""
