@@ -78,8 +78,12 @@ def ignored() -> None:
 
 @contextmanager
 def raising() -> Iterator[None]:
-    """Inside, a signal raises `Stopped`; where it strikes code whose exceptions Python drops, it comes once more."""
+    """Inside, a signal raises `Stopped`; where it strikes code whose exceptions Python drops, it comes once more.
+
+    An error that follows is one that a library made of it, as pydantic does of what its serializers raise: `Stopped` again.
+    """
     before = sys.unraisablehook
+    struck: list[int] = []
 
     def dropped(what: Any) -> None:
         if isinstance(what.exc_value, Stopped):
@@ -89,6 +93,7 @@ def raising() -> Iterator[None]:
             before(what)
 
     def stop(number: int, frame: FrameType | None) -> None:
+        struck.append(number)
         raise Stopped(number)
 
     if threading.current_thread() is not threading.main_thread():
@@ -98,6 +103,10 @@ def raising() -> Iterator[None]:
     handlers = {number: signal.signal(number, stop) for number in SIGNALS}
     try:
         yield
+    except Exception as error:
+        if struck:
+            raise Stopped(struck[-1]) from error
+        raise
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)

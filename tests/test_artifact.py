@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from pydantic import BaseModel, field_serializer
 from tiny import checkpoint_of, plan_for, refused, t2t
 from transformers_coverage import FAMILIES, plan_on
 
@@ -100,6 +101,21 @@ def test_a_signal_while_the_old_one_is_removed(old, tmp_path, monkeypatch, call)
         writes()
     assert contents(tmp_path) == {f"out/{PLAN_FILE}": b"new plan"}
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
+
+
+def test_a_signal_that_a_library_makes_an_error_of_stops_all_the_same() -> None:
+    """Pydantic calls a serializer of ours, and makes an error of its own of whatever comes out of it."""
+
+    class Plan(BaseModel):
+        rank: int = 1
+
+        @field_serializer("rank")
+        def written(self, rank: int) -> int:
+            signal.raise_signal(signal.SIGINT)
+            return rank
+
+    with pytest.raises(Stopped, match="stopped by SIGINT"), raising():
+        Plan().model_dump_json()
 
 
 KILLED = """

@@ -88,7 +88,8 @@ class Workers:
 
     def dismiss(self, variant: str) -> None:
         """Its process ends, and leaves its memory to the others."""
-        self.pipes.pop(variant).send(None)
+        with suppress(BrokenPipeError):  # it has ended already
+            self.pipes.pop(variant).send(None)
 
     def finish(self) -> None:
         """Let all of them end by themselves: no more is asked."""
