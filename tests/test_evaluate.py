@@ -261,7 +261,7 @@ def test_forked_variants_answer_as_spawned_ones_do(workers: Workers, monkeypatch
 def test_a_variant_that_was_killed_says_so_and_the_others_go_on(workers: Workers) -> None:
     workers.start(DEMO, ["eager", "sdpa"])
     asked(workers, "sdpa")
-    (first,) = workers.processes
+    (first,) = (process.pid for process in workers.started)
     eager, sdpa = map(int, Path(f"/proc/{first}/task/{first}/children").read_text().split())
     os.kill(eager, signal.SIGKILL)
     assert "the process of variant 'eager' ended early" in refused(asked, workers, "eager")

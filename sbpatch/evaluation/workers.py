@@ -40,7 +40,7 @@ class Workers:
 
     def __init__(self) -> None:
         self.pipes: dict[str, Connection] = {}  # of variants that still answer
-        self._started: list[Any] = []
+        self.started: list[Any] = []  # processes, from here; forks are theirs
 
     def start(self, subject: Subject, variants: Sequence[str]) -> None:
         """Start them; whatever was started is known here, whenever a signal comes."""
@@ -60,12 +60,7 @@ class Workers:
         process = multiprocessing.get_context("spawn").Process(target=target, args=args, daemon=True)
         with held_back():
             process.start()
-            self._started.append(process)
-
-    @property
-    def processes(self) -> list[int]:
-        """Those that were started from here."""
-        return [process.pid for process in self._started]
+            self.started.append(process)
 
     def ask(self, variant: str, *request: Any) -> Any:
         """The answer of one variant to a request of `worker`.
@@ -95,14 +90,14 @@ class Workers:
         """Let all of them end by themselves: no more is asked."""
         for variant in list(self.pipes):
             self.dismiss(variant)
-        for process in self._started:
+        for process in self.started:
             process.join(timeout=SECONDS)
 
     def end(self) -> None:
         """End all of them, whatever they are doing: they hold nothing that is not ours to lose."""
-        for process in self._started:
+        for process in self.started:
             process.kill()
-        for process in self._started:
+        for process in self.started:
             process.join()
 
 

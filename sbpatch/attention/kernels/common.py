@@ -73,6 +73,11 @@ def padded(width: int) -> int:
     return max(16, triton.next_power_of_2(width))
 
 
+def stages(row: int) -> int:
+    """Steps of a loop over keys whose loads are under way at once, by the bytes of a row: what shared memory has room for."""
+    return 3 if row <= 256 else 2 if row <= 512 else 1
+
+
 def plain_rows(x: Tensor) -> Tensor:
     """x (B, H, n, d), copied only where a row has gaps or lies too far from the first one for 32 bits."""
     return x if x.stride(-1) == 1 and x.shape[2] * x.stride(2) < 2**31 else x.contiguous()
@@ -117,8 +122,8 @@ def _differentiable(operator: Any, plain: Callable[..., Any], gradients: Callabl
         if ctx.fast and gradients is not None:
             return tuple(gradients(*of_outputs, next(saved), *inputs))
         wanted = [i for i, needed in enumerate(ctx.needs_input_grad) if needed]
-        found = _of_plain(plain, inputs, wanted, of_outputs)
-        return tuple(found[wanted.index(i)] if i in wanted else None for i in range(len(inputs)))
+        found = dict(zip(wanted, _of_plain(plain, inputs, wanted, of_outputs), strict=True))
+        return tuple(found.get(i) for i in range(len(inputs)))
 
     operator.register_autograd(backward, setup_context=keep)
 

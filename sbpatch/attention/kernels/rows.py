@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..core import output_of
 from . import gradients, plain
-from .common import LOG2_E, online, operator, padded, plain_rows, precision, product
+from .common import LOG2_E, online, operator, padded, plain_rows, precision, product, stages
 
 ROWS = 128  # queries of a tile, where all read the same points
 
@@ -118,7 +118,7 @@ def _settings(width: int, size: int, rows: int, stretch: int) -> dict[str, int]:
         "BLOCK_M": block,
         "BLOCK_N": min(32, stretch & -stretch),
         "num_warps": 4 if width <= 128 else 8,
-        "num_stages": 3 if width * size <= 256 else 2 if width * size <= 512 else 1,
+        "num_stages": stages(width * size),
     }
     return found | ({"maxnreg": 168} if width <= 64 and block == 128 else {})
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..core import output_of
 from . import gradients, plain
-from .common import LOG2_E, online, operator, padded, plain_rows, precision, product, seen_keys
+from .common import LOG2_E, online, operator, padded, plain_rows, precision, product, seen_keys, stages
 
 
 @triton.jit
@@ -100,7 +100,7 @@ def _settings(row: int, rows: int) -> dict[str, int]:
         "BLOCK_M": block,
         "BLOCK_N": 64 if row <= 256 else 32,
         "num_warps": 8 if block == 128 else 4,
-        "num_stages": 3 if row <= 256 else 2 if row <= 512 else 1,
+        "num_stages": stages(row),
     }
 
 
